@@ -199,6 +199,56 @@ def test_an_empty_batch_passes_through_counts_for_nothing_and_has_gradients_of_z
 
 
 @cases
+@modes
+@dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"act": "relu", "memory": "save"},
+        {"renorm": True},
+        {"ghost_batch_size": 2},
+        {"own_weight": 0.5},
+        {"axis": -1},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_a_tensor_without_values_has_a_result_and_gradients_and_moves_nothing(cls, shape, training, dtype, options):
+    """No examples, or axes of size 0 behind the channels, each in turn and all together."""
+    layer = made(cls, 3, dtype=dtype, **options).train(training)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    axes = [0, *range(2, len(shape))]
+    for empty in [*([axis] for axis in axes), axes]:
+        sizes = [0 if axis in empty else size for axis, size in enumerate(shape)]
+        x, residual = (torch.empty(sizes, dtype=dtype) for _ in range(2))
+        if "axis" in options and len(shape) > 2:
+            x, residual = (t.movedim(1, -1) for t in (x, residual))
+        for mask in (None, torch.ones(sizes[0], *sizes[2:], dtype=torch.bool)):
+            given = [t.clone().requires_grad_() for t in (x, residual)]
+            y = layer(*given, mask=mask)
+            y.sum().backward()
+            assert y.shape == given[0].grad.shape == given[1].grad.shape == x.shape
+            assert y.dtype == dtype
+    assert not layer.weight.grad.any()
+    assert not layer.bias.grad.any()
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert layer.skipped_updates == 0
+
+
+@modes
+@pytest.mark.parametrize("shape", [(65_535, 2), (65_536, 2), (131_072, 2), (65_537, 2, 1), (70_000, 2, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"renorm": True}, {"ghost_batch_size": 1000}, {"own_weight": 0.5}], ids=str)
+def test_more_rows_than_cudnn_accepts(shape, training, options):
+    """torch.nn fails here in eval mode on CUDA: cuDNN has 65,535 rows at most."""
+    layer, x = made(BatchNorm1d, 2, **options).train(training), torch.randn(shape)
+    if options:
+        assert layer(x).isfinite().all()
+    else:
+        check_against_the_oracle(layer, x)
+
+
+@cases
 def test_a_single_value_is_refused_before_anything_is_counted(cls, shape):
     layer = cls(3)
     one = torch.randn(1, 3, *[1] * (len(shape) - 2))

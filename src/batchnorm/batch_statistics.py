@@ -20,7 +20,7 @@ from torch import Tensor
 
 from batchnorm import kernels, processes
 from batchnorm.kernels import Adjust, ChannelStatistics, Layer, Measured, Running, Sample, reference
-from batchnorm.layer_checks import about_eps, about_few_counts, about_few_counts_of_ranks
+from batchnorm.layer_checks import about_eps, about_few_counts, about_few_counts_of_ranks, check_complex
 from batchnorm.recomputation import first_values
 from batchnorm.variants import ghost_batches, own_weight, renorm
 
@@ -60,6 +60,7 @@ def normalized(
     """
     step, exchange = layer._step, processes.exchange_of(layer, x)
     is_joined = (step is not None and step.is_joined) or (exchange is not None and layer._ghost_batch_size is None)
+    check_complex(layer, x, parameters.weight, parameters.bias, None if stored is None else stored.mean)
     is_measured = layer.training or stored is None
     batches = ghost_batches.parts(x, sample, residual, layer._ghost_batch_size) if is_measured else []
     least = ghost_batches.least_of(batches) if is_measured and x.numel() and not is_joined else None

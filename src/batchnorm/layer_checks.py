@@ -35,7 +35,7 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
             f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
             "Expand the residual, or add it outside the layer."
         )
-    if not residual.is_floating_point():
+    if not (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first.")
     if x.dtype == residual.dtype:
         return x, residual
@@ -106,9 +106,8 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
             f"{name} needs {layouts}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
             f"{sizes} input (got {x.ndim}D input)"
         )
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or x.is_complex()):
         fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
-        fix = "Normalize x.real and x.imag separately" if x.is_complex() else fix
         raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
     axis = axis_of(layer)
     fix = _other_axis(-axis) if x.shape[-axis] == layer.num_features else ""
@@ -140,6 +139,36 @@ def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
                 f"{type(layer).__name__} needs {name} of shape ({layer.num_features},) on {x.device}, got "
                 f"{tuple(values.shape)} on {values.device}. Move the whole model with model.to(), or load a "
                 "state of these shapes."
+            )
+
+
+def check_complex(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
+    """Refuse complex input for a real layer and real input for a complex layer; ``state`` is gamma, beta and mean.
+
+    A layer without any of these normalizes both.
+    """
+    name = type(layer).__name__
+    for values in state:
+        if values is not None and values.is_complex() != x.is_complex():
+            fix = f"x.to({values.dtype}), or construct the layer without dtype="
+            if x.is_complex():
+                fix = f"{name}({layer.num_features}, dtype={x.dtype}), or normalize x.real and x.imag separately"
+            raise TypeError(
+                f"{name} needs an input of the kind of its own tensors, which are {values.dtype}, got {x.dtype}. "
+                f"Use {fix}."
+            )
+    if x.is_complex():
+        check_complex_settings(layer)
+
+
+def check_complex_settings(layer: Any) -> None:
+    """Refuse settings of a layer that complex numbers do not have: an order or a sign."""
+    used = {"act": layer._act, "renorm": layer._renorm}
+    for name, value in used.items():
+        if value:
+            raise ValueError(
+                f"{type(layer).__name__} needs real numbers for {name}, got {name}={value!r} with a complex type. "
+                "Leave it out; activations of complex numbers are modules of your own behind the layer."
             )
 
 

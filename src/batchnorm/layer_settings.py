@@ -147,8 +147,13 @@ class LayerSettings(nn.Module):
         elif settings.get("sync") is not None and not settings["sync"]:
             settings["process_group"] = None
         vars(self).update({f"_{name}": value for name, value in settings.items()})
+        self._compose()
+
+    def _compose(self) -> None:
+        """Note whether batches need the path of ``batch_statistics``: by a setting, or because they are complex."""
         composing = (name for name, rule in RULES.items() if rule.is_composed)
-        vars(self)["_is_composed"] = any(getattr(self, f"_{name}") != RULES[name].default for name in composing)
+        is_set = any(getattr(self, f"_{name}") != RULES[name].default for name in composing)
+        vars(self)["_is_composed"] = is_set or is_complex(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes for a copy or a pickle, in which a process group is stored by its name."""
@@ -188,9 +193,16 @@ def settings_in_use(layer: nn.Module, names: Iterable[str]) -> list[str]:
     return [f"{name}={RULES[name].show(value)}" for name, value in values.items() if value != RULES[name].default]
 
 
+def is_complex(layer: LayerSettings) -> bool:
+    """Whether a layer has complex parameters or statistics."""
+    return any(t is not None and t.is_complex() for t in layer._own_tensors())
+
+
 def lost_in_torch(layer: nn.Module, effect: Literal["train", "eval"]) -> list[str]:
     """The settings in use without which a layer gives other results in a mode, as arguments of its class."""
-    return settings_in_use(layer, [name for name, rule in RULES.items() if rule.effect == effect])
+    found = settings_in_use(layer, [name for name, rule in RULES.items() if rule.effect == effect])
+    has_complex = effect == "eval" and isinstance(layer, LayerSettings) and is_complex(layer)
+    return [*found, "a complex dtype"] if has_complex else found
 
 
 def give_up(layer: nn.Module, name: str) -> None:

@@ -21,19 +21,20 @@ from batchnorm.argument_types import require_type
 from batchnorm.channel_axis import channels_second
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
 from batchnorm.kernels.recomputation import is_repeated
-from batchnorm.kernels.reference import wide_dtype
+from batchnorm.kernels.reference import real_dtype, wide_dtype
 from batchnorm.kernels.shapes import values_per_channel
 from batchnorm.layer_checks import (
     SHAPES,
     STATISTICS,
     about_a_single_value,
     about_eps,
+    check_complex_settings,
     check_sizes,
     check_state,
     promoted,
     refuse,
 )
-from batchnorm.layer_settings import SETTINGS, LayerSettings
+from batchnorm.layer_settings import SETTINGS, LayerSettings, is_complex
 from batchnorm.padded_batches import sample_of
 from batchnorm.sequences import of_sequences
 from batchnorm.variants.renorm import Renorm, check_stored
@@ -86,6 +87,8 @@ class _Layer(LayerSettings, _BatchNorm):
         self._skipped, self._reported = torch.zeros((), dtype=torch.long, device=device), 0
         self._widen_statistics({})
         self._activate(act, param)
+        if is_complex(self):
+            check_complex_settings(self)
 
     # a plain attribute: a buffer would be a sixth key of the state_dict
     _skipped: Tensor | None = None
@@ -131,8 +134,8 @@ class _Layer(LayerSettings, _BatchNorm):
         Raises:
             ValueError: If a shape does not fit the layer, if the batch's statistics are needed and it has one valid
                 value per channel or none or eps is 0, or if a length or weight is out of range.
-            TypeError: If the input or the residual is not floating-point, or if a mask, length or weight has a wrong
-                type.
+            TypeError: If the input or the residual is not floating-point, or complex in a layer with a real ``dtype``,
+                or if a mask, length or weight has a wrong type.
         """
         if not isinstance(input, Tensor) or input.is_nested:
             return of_sequences(
@@ -156,7 +159,10 @@ class _Layer(LayerSettings, _BatchNorm):
         layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
         stored = None if mean is None or var is None else ChannelStatistics(mean, var)
         is_composed = (
-            self._is_composed or self._step is not None or (self._sync and processes.group_of(self) is not None)
+            self._is_composed
+            or self._step is not None
+            or x.is_complex()
+            or (self._sync and processes.group_of(self) is not None)
         )
         if sample is not None or is_composed:
             return batch_statistics.normalized(self, x, sample or Sample(), layer, residual, stored)
@@ -210,7 +216,7 @@ class _Layer(LayerSettings, _BatchNorm):
 
     def _check_input(self, x: Tensor) -> None:
         good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(self._axis) == self.num_features
-        if not (good and x.is_floating_point() and self.eps >= 0):
+        if not (good and (x.is_floating_point() or x.is_complex()) and self.eps >= 0):
             refuse(self, self._shapes, x)
 
     def train(self, mode: bool = True) -> _Layer:
@@ -282,15 +288,24 @@ class _Layer(LayerSettings, _BatchNorm):
             now = getattr(self, name)
             if now is None:
                 continue
-            if now.dtype != (wide := wide_dtype(now.dtype)):
+            if now.dtype != (wide := self._type_of(name, now)):
                 full = before.get(name)
                 source = now if full is None or full.is_meta else full
+                source = source.real.clone() if source.is_complex() and not wide.is_complex else source
                 setattr(self, name, source.to(now.device, wide))
             if self._skipped is None:
                 continue
             if self._skipped.is_meta:  # on the meta device nothing was counted
                 self._skipped = torch.zeros_like(self._skipped, device=now.device)
             self._skipped = self._skipped.to(now.device)
+        self._compose()
+
+    def _type_of(self, name: str, now: Tensor) -> torch.dtype:
+        """The type that a statistic is stored in: the variance of complex values is real."""
+        if name == "running_mean":
+            return wide_dtype(now.dtype)
+        mean = self.running_mean
+        return real_dtype(mean.dtype if mean is not None and mean.is_complex() else now.dtype)
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
@@ -309,7 +324,8 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         affine: Whether to learn gamma (``weight``) and beta (``bias``).
         track_running_stats: Whether to store statistics. Without them eval mode uses the statistics of the batch.
         device: Device of parameters and statistics.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters. With ``torch.complex64`` or ``torch.complex128`` inputs, gamma, beta and
+            ``running_mean`` are complex, and ``running_var`` is the real mean of |x - mean|^2.
         weight: False leaves gamma out and keeps beta.
         bias: False leaves beta out and keeps gamma.
         act: Activation applied to the result: "relu", "leaky_relu", "elu", "silu", "gelu" (exact) or "hardswish".

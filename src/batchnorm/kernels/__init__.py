@@ -111,8 +111,8 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
         return autograd_node.normalize(x, statistics, layer, residual)
     check_layout(x)
     # torch's operator has no gradient in the statistics, which an example's own weight makes functions of x
-    is_constant = not any(t.requires_grad for t in statistics)
-    kernel = torch_batch_norm if is_recorded(x) and is_constant else reference
+    is_torchs_case = not x.is_complex() and not any(t.requires_grad for t in statistics)
+    kernel = torch_batch_norm if is_recorded(x) and is_torchs_case else reference
     return kernel.normalize(x, statistics, layer, residual)
 
 

@@ -15,6 +15,9 @@ Mean and variance of a batch are float64 for any type of x, so that the variance
 is subtracted in two parts, its rounding to the type of x and the rounding error, so that values far from zero lose no
 digits but those that the type of x does not have. Half-precision inputs are widened to float32 first. Channels are on
 axis 1.
+
+Complex values have a complex mean and the real variance sum |x - mean|^2 / n; gamma and beta are complex. autograd
+differentiates ``measure_counted`` and ``normalize`` of complex values; the backward functions here are for real values.
 """
 
 from __future__ import annotations
@@ -31,8 +34,15 @@ from batchnorm.kernels.shapes import values_per_channel
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the arithmetic on values of ``dtype``, and of their running statistics: float64 or float32."""
+    """The type of the arithmetic on values of ``dtype``, and of their running mean: two precisions, real or complex."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the variance of values of ``dtype``: float64 or float32."""
+    return torch.float64 if dtype in {torch.float64, torch.complex128} else torch.float32
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -60,12 +70,12 @@ def measure(x: Tensor, valid: Tensor | None = None) -> ChannelStatistics:
     """Mean and biased variance of every channel; NaN for an empty batch, or one that is all padding."""
     if valid is not None:
         return measure_counted(x, valid.unsqueeze(1))[0]
-    x, exact = x.to(wide_dtype(x.dtype)), exact_dtype(x.device)
-    axes = _axes(x)
+    x = x.to(wide_dtype(x.dtype))
+    exact, axes = torch.promote_types(exact_dtype(x.device), x.dtype), _axes(x)
     near = x.mean(axes)
     deviation = (x - along_channels(near, x)).to(exact)
     low = deviation.mean(axes)
-    var = deviation.square().mean(axes) - low.square()
+    var = squared(deviation).mean(axes) - squared(low)
     return ChannelStatistics(near.to(exact) + low, var.clamp_min(0))
 
 
@@ -79,10 +89,15 @@ def measure_counted(x: Tensor, counts: Tensor) -> tuple[ChannelStatistics, Tenso
     axes, counts = _axes(x), counts.to(exact)
     total = counts.expand_as(x).sum(axes)
     near = ((x * counts).sum(axes) / total).to(x.dtype)
-    deviation = (x - along_channels(near, x)).to(exact)
+    deviation = (x - along_channels(near, x)).to(torch.promote_types(exact, x.dtype))
     low = (deviation * counts).sum(axes) / total
-    var = (deviation.square() * counts).sum(axes) / total - low.square()
-    return ChannelStatistics(near.to(exact) + low, var.clamp_min(0)), total
+    var = (squared(deviation) * counts).sum(axes) / total - squared(low)
+    return ChannelStatistics(near + low, var.clamp_min(0)), total
+
+
+def squared(x: Tensor) -> Tensor:
+    """The real numbers |x|^2."""
+    return x.real.square() + x.imag.square() if x.is_complex() else x.square()
 
 
 def normalize(
@@ -165,7 +180,7 @@ def update_running(running: running_statistics.Running, statistics: ChannelStati
         all_finite = finite.all(-1)
         running.batches.add_(all_finite)
         used = all_finite.unsqueeze(-1).expand_as(finite)
-        factor = 1 / running.batches.to(mean.dtype).unsqueeze(-1)
+        factor = 1 / running.batches.to(var.dtype).unsqueeze(-1)
     else:
         running.batches.add_(1)
         used, factor = finite, running.momentum
@@ -199,12 +214,12 @@ def _standardize(x: Tensor, statistics: ChannelStatistics, eps: float) -> Tensor
     deviation = x - along_channels(near, x)
     if mean.dtype != near.dtype:
         deviation = deviation - along_channels((mean - near).to(x.dtype), x)
-    return deviation * along_channels(_rstd(x, var, eps).to(x.dtype), x)
+    return deviation * along_channels(_rstd(x, var, eps).to(real_dtype(x.dtype)), x)
 
 
 def _rstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
     """1 / sqrt(var + eps), in the wider of two types: that of ``var`` and that of the arithmetic on ``x``."""
-    return (var.to(torch.promote_types(var.dtype, wide_dtype(x.dtype))) + eps).rsqrt()
+    return (var.to(torch.promote_types(var.dtype, real_dtype(x.dtype))) + eps).rsqrt()
 
 
 def _scale_and_shift(z: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.argument_types import require_whole_number
 from batchnorm.kernels import Adjust, ChannelStatistics, Layer, Measured, Sample
+from batchnorm.kernels.reference import squared
 from batchnorm.padded_batches import least_count
 
 # kernels.train_sample, or a function that computes the same and keeps the moments
@@ -128,7 +129,7 @@ def union(found: Sequence[Measured], channels: int) -> Measured:
     means, variances = torch.where(counted, means, 0), torch.where(counted, variances, 0)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total
-    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    var = (counts * (variances + squared(means - mean))).sum(0) / total
     return Measured(ChannelStatistics(mean, var), total)
 
 

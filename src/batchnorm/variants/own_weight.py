@@ -19,6 +19,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.argument_types import require_number
 from batchnorm.kernels import ChannelStatistics, Layer, Measured, Sample
+from batchnorm.kernels.reference import squared
 from batchnorm.variants.ghost_batches import joined, laid_out_as, repeated
 
 
@@ -56,5 +57,5 @@ def _mixed(own: Measured, stored: ChannelStatistics, weight: float) -> ChannelSt
     mean, var = (torch.where(has_values, t, s.to(t.dtype)) for t, s in zip(own.statistics, stored, strict=True))
     a = has_values.to(var.dtype) * weight
     distance = mean - stored.mean.to(mean.dtype)
-    between = a * (1 - a) * distance.square()
+    between = a * (1 - a) * squared(distance)
     return ChannelStatistics(mean - (1 - a) * distance, a * var + (1 - a) * stored.var.to(var.dtype) + between)
