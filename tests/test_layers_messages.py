@@ -52,7 +52,10 @@ def test_a_wrong_shape_is_named_with_what_to_do(layer, shape, message, training)
     [
         (torch.int64, r"BatchNorm1d needs a floating-point input, got torch\.int64\. Call x\.float\(\) first\."),
         (torch.bool, r"got torch\.bool\. Call x\.float\(\) first\."),
-        (torch.complex64, r"got torch\.complex64\. Use .*dtype=torch\.complex64.*, or normalize x\.real and x\.imag separately"),
+        (
+            torch.complex64,
+            r"got torch\.complex64\. Use .*dtype=torch\.complex64.*, or normalize x\.real and x\.imag separately",
+        ),
     ],
     ids=str,
 )
