@@ -468,7 +468,7 @@ def test_calibration_that_ends_early_leaves_the_model_and_later_calibrations_alo
     assert net.training, raised  # while the exception is still there
     net.eval()
     whole = watching(net)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="expected 3 channels"):
         whole.calibrate([images(100)[:, :2]])  # too few channels: raises in the first layer
     again = whole.calibrate([images(100, seed=9) for _ in range(3)])
     assert torch.equal(again.center, watching(net).calibrate([images(100, seed=9) for _ in range(3)]).center)

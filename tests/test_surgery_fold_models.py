@@ -212,9 +212,7 @@ def test_errors_say_what_to_do():
         foldable("model")
     with pytest.raises(TypeError, match=r"unfold needs an nn\.Module, got str"):
         unfold("model")
-    with pytest.raises(
-        ValueError, match=r"fold needs an example on which the model runs in eval mode, got RuntimeError"
-    ):
+    with pytest.raises(ValueError, match=r"fold needs an example on which the model runs in eval mode.*3 channels"):
         fold(pair, torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"before torch\.compile, got a compiled one"):
         fold(torch.compile(pair, backend="eager"), x)

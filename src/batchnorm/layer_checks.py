@@ -26,7 +26,7 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
 
     Raises:
         ValueError: If the residual is no tensor, or has another shape or device.
-        TypeError: If the residual is not floating-point.
+        TypeError: If the residual is neither floating-point nor complex, or is complex for a real input.
     """
     name = type(layer).__name__
     if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.device != x.device:
@@ -37,6 +37,10 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
         )
     if not (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first.")
+    if residual.is_complex() and not x.is_complex():
+        raise TypeError(
+            f"{name} needs a real residual for an input of {x.dtype}, got {residual.dtype}. Add it outside."
+        )
     if x.dtype == residual.dtype:
         return x, residual
     dtype = torch.promote_types(x.dtype, residual.dtype)
