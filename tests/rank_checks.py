@@ -594,6 +594,120 @@ def a_model_in_train_mode_may_be_copied_and_its_copy_run() -> None:
     assert copy.deepcopy(model)(x).equal(y)
 
 
+def model_of_two() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), bn.BatchNorm1d(4, sync=True))
+    model(torch.randn(8, 3))
+    return model
+
+
+@check(3)
+def replicas_are_compared_in_everything() -> str:
+    model = model_of_two()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    same = bn.check_replicas(wrapped)
+    assert same.are_equal
+    assert str(same) == "2 batch norm layers on ranks 0, 1, 2: no differences"
+    if rank() == 1:
+        model[1].running_var[2] += 0.25
+        model[1].running_mean[0] = torch.nan
+        model[1].eval()
+        model[3].eps = 1e-3
+    if rank() == 2:
+        model[3].weight.data[0] -= 3
+        model[3].half()
+    found = bn.check_replicas(model)
+    assert set(on_every_rank(str(found))) == {str(found)}
+    by = {(each.layer, each.what): each for each in found.differences}
+    assert by["1", "running_var"].largest == 0.25
+    assert by["1", "running_var"].values == ("version 1", "version 2", "version 1")
+    assert by["1", "running_mean"].largest != by["1", "running_mean"].largest  # NaN
+    assert by["1", "training"].values == ("True", "False", "True")
+    assert by["3", "eps"].values == ("1e-05", "0.001", "1e-05")
+    assert by["3", "weight"].values == ("(4,) float32", "(4,) float32", "(4,) float16")
+    assert set(by) == {
+        ("1", "running_var"), ("1", "running_mean"), ("1", "training"), ("3", "eps"), ("3", "weight"), ("3", "bias"),
+    }  # fmt: skip
+    return str(found)
+
+
+@check(2, 3)
+def models_of_other_layers_are_compared_without_waiting() -> str:
+    model = model_of_two()
+    if rank() == 1:
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 9), nn.BatchNorm1d(9), nn.BatchNorm1d(9))
+    found = bn.check_replicas(model)
+    assert set(on_every_rank(str(found))) == {str(found)}
+    text = str(found)
+    assert "layer 3 in order: no layer on rank" in text
+    assert "'4' on rank 1" in text
+    by = {(each.layer, each.what): each for each in found.differences}
+    assert by["3", "class"].values[:2] == ("batchnorm.BatchNorm1d", "torch.BatchNorm1d")
+    assert by["3", "running_mean"].values[:2] == ("(4,) float32", "(9,) float32")
+    error = message(RuntimeError, bn.broadcast_statistics, model)
+    assert "needs the same layers on every rank" in error
+    assert set(on_every_rank(error)) == {error}
+    assert bn.check_replicas(nn.Linear(2, 2) if rank() else nn.BatchNorm1d(2)).differences
+    return text
+
+
+@check(3)
+def statistics_of_one_rank_are_given_to_all() -> None:
+    model = model_of_two().double()
+    for _ in range(rank()):
+        model[1](torch.randn(4 + rank(), 4).double() * 3)
+    buffers = list(model.buffers())
+    source = [b.clone() for b in buffers]
+    expected = on_every_rank(source)[2]
+    model[3].weight.data += rank()
+    gamma = model[3].weight.detach().clone()
+    bn.broadcast_statistics(nn.DataParallel(model), src=2)
+    assert model[3].weight.equal(gamma)
+    assert all(a is b and a.equal(c) for a, b, c in zip(model.buffers(), buffers, expected, strict=True))
+    assert [each.what for each in bn.check_replicas(model).differences] == ["weight"]
+    pair = dist.new_group([0, 2])
+    if rank() == 1:
+        assert "must contain rank 1" in message(ValueError, bn.check_replicas, model, group=pair)
+        return
+    model[1].running_mean.fill_(rank())
+    assert "one of 0, 2, got 1" in message(ValueError, bn.broadcast_statistics, model, src=1, group=pair)
+    bn.broadcast_statistics(model, src=2, group=pair)
+    assert model[1].running_mean.tolist() == [2.0] * 4
+    assert bn.check_replicas(model, group=pair).ranks == (0, 2)
+
+
+@check(2)
+def sharded_parameters_are_named_as_not_compared() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_of_two()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    found = bn.check_replicas(model)
+    assert not found.differences
+    assert not found.are_equal
+    assert "not compared: '1' weight is sharded over ranks" in str(found)
+    bn.broadcast_statistics(model, src=1)
+    return str(found)
+
+
+@check(2)
+def conversion_runs_on_one_rank_alone() -> None:
+    """Comparison with an example waits for nobody; also torch's SyncBatchNorm, which refuses the CPU, is compared."""
+    group = dist.new_group([0, 1])
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.SyncBatchNorm(4, process_group=group), nn.ReLU(), nn.BatchNorm1d(4))
+    example = torch.randn(4, 3, 5)
+    if rank() == 0:
+        bn.convert(bn.convert(model, fuse=True, example=example, sync=True), fuse=True, example=example)
+    dist.barrier()
+    together = bn.convert(model, sync=True)
+    assert (type(together[1]), together[1].process_group, together[3].process_group) == (bn.BatchNorm1d, group, None)
+    y = together(example + rank()).detach()
+    assert abs(sum(on_every_rank(float(y.sum())))) < 1e-3  # the last layer has beta 0
+    back = bn.revert(together)
+    assert (type(back[1]), back[1].process_group, type(back[3])) == (nn.SyncBatchNorm, group, nn.BatchNorm1d)
+
+
 def main(*names: str) -> None:
     """Run the checks, or those with these names, and print what came out of each as JSON."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from batchnorm.micro_batches import step, step_backward
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
+    from batchnorm.replicas import broadcast_statistics, check_replicas
     from batchnorm.shift import ShiftMonitor
     from batchnorm.surgery import convert, find, fold, for_export, replace, revert, to_group_norm, unfold
     from batchnorm.variants.renorm import Ramp, Renorm
@@ -47,6 +48,8 @@ __all__ = [
     "__version__",
     "adapt",
     "adapted",
+    "broadcast_statistics",
+    "check_replicas",
     "convert",
     "examine",
     "find",
@@ -85,6 +88,7 @@ _NAMES = {
     "moments": ("Moments",),
     "padded_models": ("padding",),
     "population": ("freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"),
+    "replicas": ("broadcast_statistics", "check_replicas"),
     "shift": ("ShiftMonitor",),
     "surgery": ("convert", "find", "fold", "for_export", "replace", "revert", "to_group_norm", "unfold"),
     "weight_decay": ("parameter_groups",),

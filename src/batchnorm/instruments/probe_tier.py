@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments.gamma_and_beta import census
@@ -35,6 +35,7 @@ from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in
+from batchnorm.processes import is_synchronized
 from batchnorm.record import Record
 
 Loss = Callable[[Answer, Batch], Tensor]  # called with a model's output and its batch
@@ -53,7 +54,7 @@ def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
 
     Inputs are measured in eval mode. If a layer did not run, or its inputs are NaN or infinite, the numbers that are
     computed from its inputs are None. If a layer is called several times, its first call is measured. Under
-    torch.distributed a model with SyncBatchNorm runs in eval mode only: the loss in train mode and the difference
+    torch.distributed a model with synchronized layers runs in eval mode only: the loss in train mode and the difference
     between outputs are then left out.
 
     Args:
@@ -295,7 +296,7 @@ def _floats(value: Batch) -> list[Tensor]:
 
 
 def _communicates(layers: Layers) -> bool:
-    return has_ranks() and any(isinstance(layer, SyncBatchNorm) for layer in layers.layers)
+    return has_ranks() and any(map(is_synchronized, layers.layers))
 
 
 def has_ranks() -> bool:

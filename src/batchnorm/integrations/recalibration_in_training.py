@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from batchnorm.call_types import Batch
-from batchnorm.instruments.probe_tier import has_ranks
-from batchnorm.layers import batch_norms
 from batchnorm.population import recalibrate
+from batchnorm.replicas import broadcast_statistics
 
 
 def calibrate(
@@ -26,10 +25,7 @@ def calibrate(
     """Recalibrate; with several processes, every rank then gets the statistics that rank 0 measured on its data."""
     with torch.inference_mode(False):  # some frameworks evaluate in inference mode, whose tensors cannot be trained
         recalibrate(model, loader, max_examples, forward=forward, exact=exact)
-    if has_ranks() and torch.distributed.get_world_size() > 1:
-        for layer in batch_norms(model).values():
-            for buffer in layer.buffers(recurse=False):
-                torch.distributed.broadcast(buffer, 0)
+    broadcast_statistics(model)
 
 
 def with_own_workers(loader: Any) -> Any:

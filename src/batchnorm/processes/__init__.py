@@ -8,13 +8,14 @@ Before its first exchange a layer compares itself with the layers that the other
 exchange that fails names the layer and the ranks (``failures``).
 """
 
-from batchnorm.processes.exchange import Exchange, TooFewValuesError, exchange_of, group_of
+from batchnorm.processes.exchange import Exchange, TooFewValuesError, alone, exchange_of, group_of
 from batchnorm.processes.membership import NamedGroup, check_process_group, is_synchronized, ranks_in_words
 
 __all__ = [
     "Exchange",
     "NamedGroup",
     "TooFewValuesError",
+    "alone",
     "check_process_group",
     "exchange_of",
     "group_of",

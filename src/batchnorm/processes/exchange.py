@@ -8,7 +8,9 @@ loss that depends on m and v, added up over the losses of all ranks, are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, final
 
 import torch
@@ -48,15 +50,31 @@ class TooFewValuesError(Exception):
         return float(self.measured.count.min())
 
 
+_is_alone: ContextVar[bool] = ContextVar("batchnorm_is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A block in which no layer waits for other processes: for runs that this process makes by itself."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
 def group_of(layer: Any) -> Any:
     """The process group whose batches a call of the layer is normalized with; None if the batch is alone.
 
-    It is alone in eval mode, without ``sync``, without an initialized process group, and in a group of one process.
+    It is alone in eval mode, without ``sync``, without an initialized process group, in a group of one process, and
+    inside of ``alone``.
 
     Raises:
         RuntimeError: If the layer was loaded with a group that this run does not have.
     """
     if not (layer._sync and layer.training and distributed.is_available() and distributed.is_initialized()):
+        return None
+    if not torch.compiler.is_compiling() and _is_alone.get():
         return None
     group = layer._process_group
     group = distributed.group.WORLD if group is None else group

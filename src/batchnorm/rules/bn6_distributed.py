@@ -88,7 +88,7 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
     """
     severity = Severity.ERROR if _has_several_processes(evidence) else Severity.INFO
     for name, module in (evidence.modules or {}).items():
-        if module.is_sync and module.device == "cpu" and not module.frozen:
+        if module.is_sync and not module.syncs_on_cpu and module.device == "cpu" and not module.frozen:
             yield Finding(name, f"{module.kind} on the CPU", severity=severity)
 
 

@@ -47,6 +47,7 @@ class Module:
     device: str
     is_lazy: bool = False
     is_sync: bool = False
+    syncs_on_cpu: bool = False  # whether its synchronization works on a CPU, as of a layer of this package
     skipped_updates: int = 0
     held: bool = False  # frozen by batchnorm.freeze
     tells: bool = True  # whether its settings can be read; False for traced and exported layers

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
+from batchnorm.layer_checks import check_sync
 from batchnorm.layer_settings import RULES, lost_in_torch
 from batchnorm.layers import OURS, _Layer
 from batchnorm.lazy_layers import OURS_LAZY
@@ -20,10 +21,15 @@ from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
 from batchnorm.population.tensor_trees import Batch
+from batchnorm.processes import alone, check_process_group
 from batchnorm.surgery import adoption, comparison, frozen_layers, fusion
 from batchnorm.surgery.patterns import is_ours, written_kind
 from batchnorm.surgery.replacement import duplicate, find, replace
 from batchnorm.surgery.saving import save_memory, stop_saving
+from batchnorm.surgery.synchronization import Groups, give_back, groups_of, kinds_for, synchronize, take_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,15 +44,17 @@ def convert(
     fuse: bool = False,
     example: Batch = None,
     memory: Literal["save"] | None = None,
+    sync: bool | None = None,
+    process_group: ProcessGroup | None = None,
     inplace: bool = False,
 ) -> Model:
     """A copy of the model with our layers in the place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
 
     The copy computes the same as the model in train and in eval mode. Everything about a layer is carried over: names
     and sharing, parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The
-    state_dict has the same keys. torch.nn's lazy layers become ours. These layers are left as they are: SyncBatchNorm,
-    layers of classes derived from ours, parametrized layers, layers whose ``forward`` was replaced, and layers with
-    ``eps=0``.
+    state_dict has the same keys. torch.nn's lazy layers become ours. A SyncBatchNorm becomes a layer of ours with
+    ``sync=True`` and the same process group. These layers are left as they are: layers of classes derived from ours,
+    parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
 
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
     both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
@@ -86,20 +94,24 @@ def convert(
         memory: "save": all our layers store less for the backward pass, in forward passes of the whole model (two
             hooks on the model switch this on and off). A layer with leaky ReLU is left out unless its input is the
             result of a convolution or linear layer that nothing else reads. None: layers keep their settings.
+        sync: True: in train mode all our layers, also those of classes derived from ours, are normalized by the batches
+            of all processes (see ``BatchNorm1d``). False: by their own. None: as in the model.
+        process_group: Synchronize the processes of this group only; every layer gets it.
         inplace: Change ``model`` itself and return it; parameters stay the same objects. If an error is raised, the
             model is unchanged.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch; if
-            ``fuse`` or ``inplace`` is not True or False.
-        ValueError: If ``memory`` is neither None nor "save"; if the model does not run on ``example`` in both modes; or
+            ``fuse``, ``sync`` or ``inplace`` is not True or False; if ``process_group`` is no process group.
+        ValueError: If ``memory`` is neither None nor "save"; if ``sync`` is False with a process group, or this process
+            is not in the group; if the model does not run on ``example`` in both modes; or
             with ``fuse``, if nothing can be fused because code around batch norm layers cannot be traced, or if the
             model is compiled.
         RuntimeError: If the comparison fails, with the largest relative difference; or if the model cannot be copied.
 
     Warns:
-        UserWarning: If some of the code around batch norm layers cannot be traced, or if layers of other classes stay;
-            the warning says why.
+        UserWarning: If some of the code around batch norm layers cannot be traced, or if layers of other classes stay,
+            also because they cannot be synchronized; the warning says why.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
@@ -107,14 +119,17 @@ def convert(
         'relu'
     """
     _check(model, fuse=fuse, example=example, memory=memory, inplace=inplace)
+    _check_synchronization(sync, process_group)
     original, model = model, model if inplace else duplicate(model, "convert", _REMEDY)
-    _to_ours(model)
-    if fuse:
-        fusion.fuse(model, example)
-    if memory == "save":
-        save_memory(model)
-    if example is not None and not inplace:
-        comparison.check(original, model, example)
+    groups = _to_ours(model)
+    with alone():  # one process may convert by itself
+        if fuse:
+            fusion.fuse(model, example)
+        if memory == "save":
+            save_memory(model)
+        if example is not None and not inplace:
+            comparison.check(_without_torchs_synchronization(original), model, example)
+    synchronize(model, groups, sync, process_group)
     return model
 
 
@@ -136,14 +151,35 @@ def _check(model: nn.Module, *, fuse: bool, example: Batch, memory: object, inpl
         )
 
 
+def _check_synchronization(sync: object, process_group: object) -> None:
+    if sync is not None:
+        check_sync(sync)
+    check_process_group(process_group)
+    if process_group is not None and sync is not None and not sync:
+        raise ValueError(
+            "convert needs sync=True with a process_group, got sync=False. Leave one out: a group switches sync on."
+        )
+
+
+def _without_torchs_synchronization(model: nn.Module) -> nn.Module:
+    """The model; with a process group, a copy without SyncBatchNorm, which would wait for others or refuse a CPU."""
+    kinds = kinds_for(model)
+    if not (kinds and distributed.is_available() and distributed.is_initialized()):
+        return model
+    model = duplicate(model, "convert")
+    kinds = kinds_for(model)
+    return replace(model, lambda _, layer: _remade(layer, kinds.get(layer)), inplace=True)
+
+
 def revert(model: Model, *, inplace: bool = False) -> Model:
     """A copy of the model with torch.nn's layers in the place of ours, and activations where ``convert`` found them.
 
     Rewritten modules get their original forward back. Everything is carried over as by ``convert``, except what
-    torch.nn's layers lack: ``memory``, ``single_element``, ``padding``, the count of skipped updates, and statistics in
-    a wider type than the parameters. ``renorm`` and ``ghost_batch_size`` are lost with a warning. A layer with a
-    setting that changes results in eval mode, ``axis=-1`` or ``own_weight``, is refused. Subclasses of our layers are
-    left as they are.
+    torch.nn's layers lack: ``memory``, ``single_element``, ``padding``, ``sync``, the count of skipped updates, and
+    statistics in a wider type than the parameters. ``renorm`` and ``ghost_batch_size`` are lost with a warning. A layer
+    with a setting that changes results in eval mode, ``axis=-1`` or ``own_weight``, is refused. A layer that was a
+    SyncBatchNorm becomes one again, with the process group that it has now. Subclasses of our layers are left as they
+    are.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``inplace`` is not True or False.
@@ -172,12 +208,14 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     fusion.unfuse(model)
     stop_saving(model)
     _change_lazy(model, _THEIRS_LAZY)
-    layers = [layer for layer in find(model).values() if is_ours(layer)]
+    layers: dict[Any, Any] = {layer: layer._process_group for layer in find(model).values() if is_ours(layer)}
     replace(model, lambda _, layer: _remade(layer, _THEIRS.get(written_kind(layer))), inplace=True)
-    for layer in layers:
+    for layer, group in layers.items():
         _narrow_statistics(layer)
         if adoption.origin_of(layer) is not None:
             adoption.give_back(layer)
+        if written_kind(layer) is nn.SyncBatchNorm:
+            give_back(layer, group)
     return model
 
 
@@ -217,19 +255,27 @@ def _change_lazy(model: nn.Module, kinds: Mapping[Any, type]) -> None:
                 layer._widen_statistics({})
 
 
-def _to_ours(model: nn.Module) -> None:
+def _to_ours(model: nn.Module) -> Groups:
+    """Exchange the layers in place; returns the process groups of those that were SyncBatchNorm."""
     _change_lazy(model, OURS_LAZY)
+    groups, kinds = groups_of(model), kinds_for(model)
     layers: dict[str, Any] = find(model)
     others = {path: layer for path, layer in layers.items() if adoption.is_of_another_class(layer)}
     answers = {path: _adoptable(layer) for path, layer in others.items()}
     origins = {path: adoption.Origin.of(layer) for path, layer in others.items()}
-    replace(model, lambda path, layer: None if isinstance(answers.get(path), str) else _as_ours(layer), inplace=True)
+    replace(
+        model,
+        lambda path, layer: None if isinstance(answers.get(path), str) else _as_ours(layer, kinds.get(layer)),
+        inplace=True,
+    )
+    take_over(groups)
     for path, layer in layers.items():
         if path in others and not isinstance(act := answers[path], str):
             adoption.adopt(layer, origins[path], act)
         if is_ours(layer):
             layer._widen_statistics({})
     _warn_of_others(model, layers, answers)
+    return groups
 
 
 def _adoptable(layer: _BatchNorm) -> Any:
@@ -247,10 +293,11 @@ def _adoptable(layer: _BatchNorm) -> Any:
     return act
 
 
-def _as_ours(layer: _BatchNorm) -> _BatchNorm | None:
+def _as_ours(layer: _BatchNorm, synchronized_kind: type | None = None) -> _BatchNorm | None:
     if frozen_layers.is_frozen_class(layer):
         return frozen_layers.as_ours(layer)
     kind: Any = adoption.base_of(layer) if adoption.is_of_another_class(layer) else written_kind(layer)
+    kind = kind if synchronized_kind is None else synchronized_kind
     return _remade(layer, OURS.get(kind))
 
 

@@ -8,13 +8,13 @@ that refer to the layer now refer to the new module, and a shared layer stays sh
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
@@ -112,7 +112,8 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
     check_memory(model, caller)
     tensors = [*model.parameters(), *model.buffers()]
     try:
-        copies = {id(t): _copied(t) for t in tensors if _is_not_copied(t)}
+        copies: dict[int, object] = {id(t): _copied(t) for t in tensors if _is_not_copied(t)}
+        copies |= {id(group): group for group in _process_groups(model)}
         return copy.deepcopy(model, copies)
     except Exception as error:
         raise RuntimeError(
@@ -136,6 +137,13 @@ def _is_not_copied(tensor: Tensor) -> bool:
     if is_lazy(tensor):
         return not isinstance(tensor, nn.Parameter)
     return tensor.layout in _WITHOUT_STORAGE or (tensor.is_nested and tensor.layout == torch.strided)
+
+
+def _process_groups(model: nn.Module) -> Iterator[object]:
+    """The process groups that are attributes of modules, as of SyncBatchNorm: copies of the model have the same."""
+    if distributed.is_available():
+        values = chain.from_iterable(vars(module).values() for module in model.modules())
+        yield from (value for value in values if isinstance(value, distributed.ProcessGroup))
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -280,7 +288,7 @@ def _names_of_hooks() -> list[str]:
 @cache
 def _own_names() -> set[str]:
     """The names of all attributes and tensors of a new layer of torch.nn or ours; all others are set by the owner."""
-    names = {"_compiled_call_impl"}  # compiled code of the old layer
+    names = {"_compiled_call_impl", "process_group"}  # compiled code of the old layer, and of a SyncBatchNorm
     for layer in (nn.BatchNorm1d(1, device="meta"), BatchNorm1d(1, device="meta")):
         names |= {*vars(layer), *layer._parameters, *layer._buffers}
     return names

@@ -17,7 +17,9 @@ from batchnorm.doctor.measuring.live_layers import layers_of, momentum_of, store
 from batchnorm.doctor.measuring.measurement import loop_of, measure
 from batchnorm.doctor.measuring.neighbours_in_code import graph_of
 from batchnorm.doctor.measuring.other_version import reference_of
+from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen
+from batchnorm.processes import is_synchronized
 from batchnorm.rules.codes import codes
 from batchnorm.rules.rule_evidence import Evidence, Graph, Module, Optimizer, Structure
 from batchnorm.surgery.rewriting import dropped
@@ -90,7 +92,8 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
         affine=bool(affine),
         device=str(tensors[0].device.type) if tensors else "",
         is_lazy=any(is_lazy(tensor) for tensor in tensors),
-        is_sync=isinstance(layer, nn.SyncBatchNorm),
+        is_sync=is_synchronized(layer),
+        syncs_on_cpu=isinstance(layer, LAYERS),
         skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
         held=isinstance(layer, Frozen),
         tells=isinstance(layer, nn.modules.batchnorm._NormBase) or hasattr(layer, "eps"),

@@ -1,0 +1,158 @@
+"""check_replicas: the batch norm layers of all ranks, compared in order, settings, shapes and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.replicas.descriptions import Content, Description, described, layers_of, of_all_ranks, ranks_of
+
+
+@final
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which the layers of the ranks differ.
+
+    Attributes:
+        layer: The path of the layer; "" for the sequence of layers.
+        what: "layers", "class", the name of a setting, or the name of a tensor.
+        values: What each rank has, in words, in the order of the ranks. For tensors that differ in their bits alone
+            "version 1", "version 2" and so on: ranks of one version have the same bits.
+        largest: The largest absolute difference of a value of the tensor from that of the first rank; NaN if one is NaN
+            where the other is not. None for other things.
+    """
+
+    layer: str
+    what: str
+    values: tuple[str, ...]
+    largest: float | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Replicas:
+    """The comparison of a model's batch norm layers on all ranks; the same on every rank.
+
+    Attributes:
+        ranks: The global ranks that were compared.
+        count: Number of layers of the first rank.
+        differences: What differs.
+        unchecked: What could not be compared, with the reason, such as gamma that is spread over ranks.
+    """
+
+    ranks: tuple[int, ...]
+    count: int
+    differences: tuple[Difference, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether everything was compared and nothing differs."""
+        return not self.differences and not self.unchecked
+
+    def __str__(self) -> str:
+        ranks = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        head = f"{self.count} batch norm layers on {ranks}: {len(self.differences) or 'no'} differences"
+        lines = [f"  {self._line(each)}" for each in self.differences]
+        return "\n".join([head, *lines, *(f"  not compared: {each}" for each in self.unchecked)])
+
+    def _line(self, difference: Difference) -> str:
+        by_value: dict[str, list[str]] = {}
+        for rank, value in zip(self.ranks, difference.values, strict=True):
+            by_value.setdefault(value, []).append(str(rank))
+        values = "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(r)}" for value, r in by_value.items())
+        largest = "" if difference.largest is None else f", by up to {difference.largest:.3g}"
+        return f"{f'{difference.layer!r} ' if difference.layer else ''}{difference.what}: {values}{largest}"
+
+
+def check_replicas(model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> Replicas:
+    """What differs between the batch norm layers of a model's copies in the processes of a group.
+
+    Every rank of the group must call this; every rank gets the same result. Compared are the sequence of layers, their
+    classes, modes and settings, and the shape, type and bits of statistics, gamma and beta. A tensor that is spread
+    over ranks (FSDP) is not compared, and is named. The models may differ in any way: what is exchanged first does not
+    depend on them. The model is not changed. Without a process group one rank is compared with itself.
+
+    Args:
+        model: The copy of this rank; it may be wrapped.
+        group: The processes; None: all.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``, or ``group`` no process group.
+        ValueError: If this rank is not in the group, or no process group is initialized.
+
+    Example:
+        >>> print(check_replicas(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
+        1 batch norm layers on rank 0: no differences
+    """
+    ranks = ranks_of(group, "check_replicas")
+    layers = layers_of(model, "check_replicas")
+    of_ranks = of_all_ranks(described(layers, with_bits=True), ranks, group)
+    found = [*differences(of_ranks)]
+    unequal = [(each.layer, each.what) for each in found if each.largest is not None]
+    if unequal:  # the same list on all ranks
+        own = {key: getattr(layers[key[0]], key[1]).detach().cpu() for key in unequal}
+        tensors = of_all_ranks(own, ranks, group)
+        found = [_measured(each, [by_key.get((each.layer, each.what)) for by_key in tensors]) for each in found]
+    return Replicas(tuple(ranks), len(of_ranks[0]), tuple(found), tuple(_unchecked(of_ranks, ranks)))
+
+
+def differences(of_ranks: list[list[Description]]) -> Iterator[Difference]:
+    """What differs between the layers of the ranks; ``largest`` is 0 for tensors of one form with other bits."""
+    for position, row in enumerate(zip_longest(*of_ranks)):
+        paths = tuple("no layer" if each is None else f"{each.path!r}" for each in row)
+        if len(set(paths)) > 1:
+            yield Difference("", f"layer {position + 1} in order", paths)
+            break  # every later layer is in another place
+    by_path = [{each.path: each for each in layers} for layers in of_ranks]
+    for path in by_path[0]:
+        if all(path in layers for layers in by_path):
+            yield from _of_layer([layers[path] for layers in by_path])
+
+
+def _of_layer(row: list[Description]) -> Iterator[Difference]:
+    path = row[0].path
+    values = {"class": tuple(each.kind for each in row)}
+    values |= {name: tuple(each.settings[name] for each in row) for name in row[0].settings}
+    yield from (Difference(path, what, words) for what, words in values.items() if len(set(words)) > 1)
+    for name in row[0].tensors:
+        contents = [each.tensors[name] for each in row]
+        if len({content.form for content in contents}) > 1:
+            yield Difference(path, name, tuple(content.form for content in contents))
+        elif len({content.digest for content in contents}) > 1 and not any(content.absence for content in contents):
+            yield Difference(path, name, _alike(contents), 0.0)
+
+
+def _alike(contents: list[Content]) -> tuple[str, ...]:
+    """For each rank the version that it has of a tensor; versions are numbered in the order of the ranks."""
+    versions = list(dict.fromkeys(content.digest for content in contents))
+    return tuple(f"version {1 + versions.index(content.digest)}" for content in contents)
+
+
+def _measured(difference: Difference, tensors: list[Any]) -> Difference:
+    if difference.largest is None:
+        return difference
+    first, *others = tensors
+    largest = torch.stack([_largest(first, other) for other in others]).max()
+    return Difference(difference.layer, difference.what, difference.values, float(largest))
+
+
+def _largest(a: Tensor, b: Tensor) -> Tensor:
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a.double() - b.double()).abs()).max()
+
+
+def _unchecked(of_ranks: list[list[Description]], ranks: list[int]) -> Iterator[str]:
+    """The tensors whose values some rank cannot read, once each."""
+    seen: set[tuple[str, str]] = set()
+    for rank, layers in zip(ranks, of_ranks, strict=True):
+        for layer in layers:
+            for name, content in layer.tensors.items():
+                if content.absence and (layer.path, name) not in seen:
+                    seen.add((layer.path, name))
+                    yield f"{layer.path!r} {name} {content.absence} (rank {rank})"
