@@ -708,6 +708,23 @@ def conversion_runs_on_one_rank_alone() -> None:
     assert (type(back[1]), back[1].process_group, type(back[3])) == (nn.SyncBatchNorm, group, nn.BatchNorm1d)
 
 
+@check(2)
+def measurements_of_one_rank_wait_for_nobody() -> None:
+    from batchnorm.instruments import companion_flips, gradient_depth, train_eval_gap
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4, sync=True), nn.Linear(4, 2))
+    xs = [torch.randn(8, 3) for _ in range(4)]
+    if rank() == 0:
+        bn.examine(model, xs)
+        bn.recalibrate(model, xs)
+        gradient_depth(model, xs[0], lambda y, _: y.square().mean())
+        companion_flips(model, xs[0], torch.cat(xs), batch=4, train=True)
+        train_eval_gap(model, xs, lambda y, _: y.square().mean())
+        bn.probe(model, xs[0])
+    assert on_every_rank(rank()) == [0, 1]  # an exchange without the other rank would have broken the group
+
+
 def main(*names: str) -> None:
     """Run the checks, or those with these names, and print what came out of each as JSON."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))

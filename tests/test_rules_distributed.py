@@ -45,6 +45,7 @@ def test_small_batches_of_processes_that_do_not_synchronize(evidence, told):
         (processes(HEALTHY.structure, Loop(batch_size=32), is_sync=True), Severity.INFO),
         (processes(HEALTHY.structure, is_sync=True), Severity.INFO),
         (processes(None, is_sync=True), Severity.INFO),
+        (processes(is_sync=True, syncs_on_cpu=True), None),
         (processes(is_sync=True, device="cuda"), None),
         (processes(is_sync=True, device="xpu"), None),
         (processes(is_sync=True, frozen=True), None),

@@ -115,7 +115,6 @@ def left_alone() -> dict[str, nn.Module]:
     parametrize.register_parametrization(parametrized, "weight", Square())
     own_forward.forward = partial(torch.mul, other=2)
     return {
-        "SyncBatchNorm": nn.SyncBatchNorm(3),
         "lazy": nn.LazyBatchNorm2d(),
         "subclass": OwnNorm(3),
         "parametrized": parametrized,
@@ -124,6 +123,53 @@ def left_alone() -> dict[str, nn.Module]:
         "ours": bn.BatchNorm2d(3, single_element="population"),
         "instance norm": nn.InstanceNorm2d(3, affine=True),
     }
+
+
+@pytest.mark.parametrize("sync", [None, True, False])
+def test_sync_batch_norm_becomes_ours_and_back_with_hooks_and_activation(sync):
+    calls = []
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 1), nn.SyncBatchNorm(4, momentum=0.3, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(20, 6), nn.SyncBatchNorm(6), nn.BatchNorm1d(6),
+    )  # fmt: skip
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(8, 3, 5)
+    result = convert(model, fuse=True, sync=sync)
+    assert [type(result[i]) for i in (1, 5, 6)] == [bn.BatchNorm1d] * 3
+    assert [result[i].sync for i in (1, 5, 6)] == {None: [True, True, False], True: [True] * 3, False: [False] * 3}[
+        sync
+    ]
+    assert (result[5].process_group, result[1].momentum, result[1].bias) == (None, 0.3, None)
+    back = revert(result)
+    assert [type(back[i]) for i in (1, 5, 6)] == [nn.SyncBatchNorm, nn.SyncBatchNorm, nn.BatchNorm1d]
+    assert [vars(back[i]).keys() for i in (1, 5, 6)] == [vars(model[i]).keys() for i in (1, 5, 6)]
+    for mode in (True, False):
+        y = model.train(mode)(x)
+        torch.testing.assert_close(result.train(mode)(x), y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back.train(mode)(x), y, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 6
+    assert list(result.state_dict()) == list(model.state_dict())
+
+
+def test_a_sync_batch_norm_alone_becomes_a_layer_for_inputs_of_any_number_of_axes():
+    layer = convert(bn.freeze(nn.SyncBatchNorm(3)))
+    assert (layer.sync, layer.training) == (True, False)
+    layer = bn.unfreeze(layer)
+    for ndim in range(2, 6):
+        assert pickle.loads(pickle.dumps(layer))(torch.randn(4, 3, *[2] * (ndim - 2))).ndim == ndim
+    back = revert(layer)
+    assert type(back) is nn.SyncBatchNorm
+    assert (type(convert(back, inplace=True)), type(revert(back, inplace=True))) == (bn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def test_layers_that_stay_local_are_named():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, eps=0), bn.freeze(nn.BatchNorm1d(3, eps=0)))
+    with pytest.warns(UserWarning, match=r"convert synchronizes layers of this package only, and left '1' local"):
+        assert convert(model, sync=True)[0].sync
+    with pytest.raises(TypeError, match="sync must be True or False, got int"):
+        convert(model, sync=2)
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup"):
+        convert(model, process_group="all")
 
 
 @pytest.mark.parametrize("kind", left_alone())

@@ -31,7 +31,7 @@ from batchnorm.instruments.gradients import refuse_single_values
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
-from batchnorm.population.eager import uncompiled
+from batchnorm.population.eager import own_run
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_trees import examples_in
 
@@ -128,7 +128,7 @@ def companion_flips(
     count, size = examples_in(examples) or 0, examples_in(pool) or 0
     draws = [torch.randperm(size, generator=generator)[: batch - 1] for _ in range(repeats)]
     among = partial(_first_logits, model, examples, pool, (count, size), read)
-    with preserve_state(model), uncompiled(), torch.no_grad():
+    with preserve_state(model), own_run(), torch.no_grad():
         were_training = {layer for layer in batch_norms(model).values() if layer.training}
         layers = were_training if model.training else set(batch_norms(model).values())
         model.eval()

@@ -39,7 +39,7 @@ from batchnorm.instruments.network_vectors import inner, of_one, wide
 from batchnorm.instruments.probe_tier import Loss, unwrapped, with_shape
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
-from batchnorm.population.eager import uncompiled
+from batchnorm.population.eager import own_run
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
 
@@ -158,7 +158,7 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
 @contextmanager
 def training(model: nn.Module, what: str) -> Iterator[None]:
     """A block in which a model runs as in a training step, uncompiled so that hooks run; then all state is restored."""
-    with preserve_state(model), uncompiled(), torch.enable_grad():
+    with preserve_state(model), own_run(), torch.enable_grad():
         if not model.training:
             model.train()
         with refuse_single_values(model, what):

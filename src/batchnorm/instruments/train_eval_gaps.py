@@ -41,7 +41,7 @@ from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, 
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
-from batchnorm.population.eager import uncompiled
+from batchnorm.population.eager import own_run
 from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
@@ -171,7 +171,7 @@ def train_eval_gap(
     model = unwrapped(model)
     named = with_shape(model, what)
     data = list(data) if isinstance(data, Iterator) else data
-    with preserve_state(model), uncompiled(), torch.no_grad():
+    with preserve_state(model), own_run(), torch.no_grad():
         layers, exact, stored = _measure(model, named, data, max_examples, device)
         at = device_of(model) if device is None else torch.device(device)
         batches = Batches(data, max_examples, at, who=what)

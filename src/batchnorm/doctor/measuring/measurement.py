@@ -34,7 +34,7 @@ from batchnorm.moments import Moments
 from batchnorm.padded_batches import valid_mask
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import Batches, call, device_of, on_device_of
-from batchnorm.population.eager import uncompiled
+from batchnorm.population.eager import own_run
 from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.hooks import attached
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
@@ -82,7 +82,7 @@ def measure(
     """
     require_real(model, "examine")
     batches = Batches(data, max_examples, device_of(model), who="examine")
-    with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
+    with preserve_state(model), preserve_random_state(*batches.generators), own_run(), torch.no_grad():
         to_eval(model)
         view = _View(model)
         with view.hooks(), _without_gradients():
