@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import sys
 import traceback
@@ -723,6 +724,63 @@ def measurements_of_one_rank_wait_for_nobody() -> None:
         train_eval_gap(model, xs, lambda y, _: y.square().mean())
         bn.probe(model, xs[0])
     assert on_every_rank(rank()) == [0, 1]  # an exchange without the other rank would have broken the group
+
+
+@check(2, 3)
+def a_step_of_micro_batches_moves_statistics_once_by_the_values_of_all_ranks() -> object:
+    micros = [batches(sizes(*of_ranks), 4, seed=i) for i, of_ranks in enumerate(([3, 5, 2], [2, 0, 4]))]
+    together, found = layer(), []
+    with bn.step(together):
+        for xs in micros:
+            x = xs[rank()].clone().requires_grad_()
+            y = together(x)
+            (y * weight_of(y, rank())).sum().backward()
+            found.append({"y": y.detach(), "d_x": x.grad})
+    distances = []
+    for xs, each in zip(micros, found, strict=True):
+        expected = trained_alone(layer(), xs)
+        distances.append(require_close(each, {name: expected[name] for name in each}, ULPS))
+    require_same_bits(together)
+    assert together.num_batches_tracked == 1
+    values = torch.cat([x for xs in micros for x in xs]).transpose(0, 1).flatten(1).numpy()
+    require_close({"mean": together.running_mean}, {"mean": torch.as_tensor(0.1 * values.mean(1))}, ULPS)
+    require_close({"var": together.running_var}, {"var": torch.as_tensor(0.9 + 0.1 * values.var(1, ddof=1))}, ULPS)
+    return distances
+
+
+@check(2)
+def second_derivatives_are_refused() -> None:
+    x = batches([3, 4])[rank()].requires_grad_()
+    weight = torch.rand(len(x), dtype=torch.float64)
+    for options in ({}, {"weight": weight}):
+        y = layer()(x, **options).square().sum()
+        text = message(RuntimeError, torch.autograd.grad, y, x, create_graph=True)
+        assert "second derivatives of a" in text
+
+
+@check(2)
+def the_log_and_profiles_name_the_layer() -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("batchnorm.processes")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        model = nn.ModuleDict({"stem": bn.BatchNorm1d(C, sync=True)})
+        model.forward = lambda x: model["stem"](x)  # type: ignore[method-assign]
+        container = nn.Sequential(model)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            container(batches([3, 4], dtype=torch.float32)[rank()])
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert [(r.levelname, r.getMessage()) for r in records] == [
+        ("INFO", "'0.stem', a BatchNorm1d(6), is synchronized over ranks 0, 1"),
+        ("DEBUG", "'0.stem', a BatchNorm1d(6), exchanges 512 numbers in its forward pass"),
+        ("DEBUG", "'0.stem', a BatchNorm1d(6), exchanges 20 numbers in its forward pass"),
+    ]
+    assert "batchnorm exchange, forward: '0.stem', a BatchNorm1d(6)," in {each.key for each in profile.key_averages()}
 
 
 def main(*names: str) -> None:

@@ -331,6 +331,8 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "DomainBank": (bn.DomainBank, ("model",)),
     "ShiftMonitor": (bn.ShiftMonitor, ("model",)),
     "Adapter": (bn.Adapter, ()),
+    "broadcast_statistics": (bn.broadcast_statistics, ("model",)),
+    "check_replicas": (bn.check_replicas, ("model",)),
     "convert": (bn.convert, ("model",)),
     "examine": (bn.examine, ("model", "str")),
     "find": (bn.find, ("model",)),
@@ -374,7 +376,12 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "calibrate": (lambda it: bn.ShiftMonitor(model()).calibrate(it), ()),
     "ShiftMonitor": (lambda it: bn.ShiftMonitor(model(), it), ()),
     "Adapter": (lambda it: bn.Adapter(bn.ShiftMonitor(model()), prior=it), NUMBER),
+    "broadcast_statistics": (lambda it: bn.broadcast_statistics(model(), it), ()),
+    "broadcast_statistics, group": (lambda it: bn.broadcast_statistics(model(), group=it), ("None",)),
+    "check_replicas": (lambda it: bn.check_replicas(model(), it), ("None",)),
     "convert": (lambda it: bn.convert(model(), fuse=it), FLAG),
+    "convert, sync": (lambda it: bn.convert(model(), sync=it), ("None",)),
+    "convert, process_group": (lambda it: bn.convert(model(), process_group=it), ("None",)),
     "convert, example": (lambda it: bn.convert(model(), example=it), (*A_BATCH, "None")),
     "examine": (lambda it: bn.examine(model(), it), (*LOADER, "None")),
     "fold": (lambda it: bn.fold(model(), it, report=None), A_BATCH),
@@ -422,6 +429,7 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
 }
 # of a right type, with a value that cannot be
 OUT_OF_RANGE = {
+    ("broadcast_statistics", "int"),
     ("InputNorm", "None"),  # the size of no axis
     ("examine", "generator"),  # of words
     ("treat, data", "generator"),

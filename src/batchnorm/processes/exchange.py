@@ -126,7 +126,16 @@ class Exchange:
         return Measured(ChannelStatistics(mean, var), count)
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sums (2, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs)."""
+        """The sums (2, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs).
+
+        Raises:
+            RuntimeError: If the backward pass is itself to be differentiated; if the exchange fails.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives of a synchronized layer need gradients of the other ranks, which they do not "
+                "compute. Set sync=False, call eval(), or leave out create_graph=True."
+            )
         rows = self._gathered([sums.to(exact_dtype(sums.device)).reshape(-1)], "backward")
         return _folded(_added, (rows,))[0].view_as(sums)
 

@@ -18,7 +18,8 @@ def check_process_group(group: object) -> None:
         return
     if not distributed.is_available():
         raise ValueError("process_group needs a torch built with torch.distributed. Leave it out.")
-    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+    outside: object = distributed.GroupMember.NON_GROUP_MEMBER
+    if type(group) is type(outside) and group == outside:
         raise ValueError(_about_outsider("what new_group returns on a rank outside of the group"))
     if not isinstance(group, distributed.ProcessGroup):
         advice = " A DeviceMesh gives one: mesh.get_group()." if hasattr(group, "get_group") else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from batchnorm.argument_types import require_whole_number
 from batchnorm.population.tensor_memory import write
 from batchnorm.replicas.descriptions import STORED, bits, described, layers_of, of_all_ranks, ranks_of
 from batchnorm.replicas.differences import Replicas, differences
@@ -23,12 +24,13 @@ def broadcast_statistics(model: nn.Module, src: int = 0, group: torch.distribute
         group: The processes; None: all.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or ``group`` no process group.
+        TypeError: If ``model`` is not an ``nn.Module``, ``src`` no whole number, or ``group`` no process group.
         ValueError: If ``src`` or this rank is not in the group.
         RuntimeError: On every rank, if the layers or the shapes or types of their statistics differ, or the values of
             some cannot be read.
     """
     ranks, layers = ranks_of(group, "broadcast_statistics"), layers_of(model, "broadcast_statistics")
+    require_whole_number(src, "src", "Pass a rank.")
     if src not in ranks:
         raise ValueError(
             f"broadcast_statistics needs src to be a global rank of its group, one of {', '.join(map(str, ranks))}, "
