@@ -52,6 +52,13 @@ def test_a_keras_layer_becomes_ours_and_comes_back(source, center, scale):
     )
 
 
+def test_the_channels_may_stay_on_the_last_axis():
+    theirs = KerasLayer(6, 3)
+    x = np.random.default_rng(9).normal(1, 2, (5, 4, 3, 6))
+    layer = read(theirs)["bn_3"].layer(2, axis=-1).double()
+    np.testing.assert_allclose(layer(torch.from_numpy(x)).detach(), theirs(x), rtol=0, atol=1e-13)
+
+
 def _names(layer: KerasLayer) -> list[str]:
     return [n for n in ("gamma", "beta", "moving_mean", "moving_variance") if getattr(layer, n) is not None]
 

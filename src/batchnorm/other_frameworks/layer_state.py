@@ -69,19 +69,22 @@ class LayerState:
         """Number of channels."""
         return len(self.running_mean)
 
-    def layer(self, dims: Literal[1, 2, 3]) -> _BatchNorm:
+    def layer(self, dims: Literal[1, 2, 3], axis: Literal[1, -1] = 1) -> _BatchNorm:
         """A new layer of ours in eval mode with these tensors: ``BatchNorm1d``, ``2d`` or ``3d``.
 
+        Args:
+            dims: Number of axes besides those of examples and channels; 1 also for inputs (N, C).
+            axis: The axis of the channels in the new layer's inputs; -1 for inputs as Keras and Flax have them.
+
         Raises:
-            ValueError: If ``dims`` is not 1, 2 or 3, or eps is not known.
+            ValueError: If ``dims`` or ``axis`` is none of these, or eps is not known.
         """
         if dims not in _LAYERS:
             raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}. Use 2 for images.")
         momentum = 0.1 if self.momentum is None else self.momentum
-        new = _LAYERS[dims](self.channels, require_eps(self), momentum, dtype=self.running_mean.dtype).eval()
-        for key in ("weight", "bias"):
-            if getattr(self, key) is None:
-                setattr(new, key, None)
+        affine: dict[str, Any] = {key: getattr(self, key) is not None for key in ("weight", "bias")}
+        dtype = self.running_mean.dtype
+        new = _LAYERS[dims](self.channels, require_eps(self), momentum, dtype=dtype, axis=axis, **affine).eval()
         put(self, new)
         return new
 

@@ -21,11 +21,12 @@ from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours
 from batchnorm.surgery.replacement import duplicate, find
 from batchnorm.surgery.rewriting import applied_by
+from batchnorm.surgery.standalone import Remaining, make_standalone
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Model:
+def for_export(model: Model, *, fold: bool = False, example: Batch = None, remaining: Remaining | None = None) -> Model:
     """A copy of the model made of torch.nn's layers, for tools that look at the classes of modules.
 
     Call it before such a tool: quantization by modules or by torch.fx, fusion of convolution and batch norm, conversion
@@ -45,11 +46,18 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
         model: Not changed.
         fold: Whether layers are folded into their neighbours first, where ``fold`` can. The copy is then in eval mode.
         example: A batch for ``fold``; required with ``fold=True``.
+        remaining: What becomes of batch norm layers that are not folded. None: they stay batch norm. "depthwise": a
+            convolution with one group for each channel and a kernel of one position; if a layer has inputs (N, C),
+            channels on the last axis, or inputs of several kinds, a multiplication and an addition. "mul_add": a
+            multiplication and an addition. Both compute with the stored statistics and round as folding does; the copy
+            is in eval mode, and not for training. A layer that is no such map stays, and a warning says why.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``fold`` is not True or False; with ``fold``, also if
             ``example`` is no batch or ``model`` is a program of TorchScript.
-        ValueError: If ``fold`` is True without an example, or if folding raises it.
+        ValueError: If ``fold`` is True without an example, or if folding raises it; if ``remaining`` is another text,
+            or "depthwise" needs an example to see the shape of a layer's input; or if a scale does not fit the type of
+            the layer's parameters.
         RuntimeError: If the model cannot be copied.
 
     Warns:
@@ -66,11 +74,17 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
     require_flag(fold, "fold")
     if fold and example is None:
         raise ValueError("for_export(fold=True) needs an example, got none. Pass one batch of inputs as example=.")
+    if remaining not in {None, "depthwise", "mul_add"}:
+        raise ValueError(
+            f"remaining must be None, 'depthwise' or 'mul_add', got {remaining!r}. Leave it out to keep them."
+        )
     model = fold_layers(model, example, report=None) if fold else duplicate(model, "for_export")
     fusion.unfuse(model)
     _thaw(model)
     model = _rebuilt(model, _separate)
     _warn_of_subclasses(model)
+    if remaining is not None:
+        make_standalone(model, remaining, example)
     return revert(model, inplace=True)
 
 
