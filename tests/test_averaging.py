@@ -345,6 +345,18 @@ REFUSED = {
     "NaN weight": (
         lambda: bn.merge_statistics(changed("1.weight", NAN), [5, 5]), ValueError, "in '1.weight' of state 1. Leave",
     ),
+    "whole checkpoints": (
+        lambda: bn.merge_statistics([{"state_dict": states()[0], "epoch": 3}] * 2, [5, 5]), ValueError,
+        r"a OrderedDict of tensors under 'state_dict'. Pass the state dict itself: checkpoint\['state_dict",
+    ),
+    "more variances than means": (
+        lambda: bn.merge_statistics(
+            [{"running_mean": torch.ones(2) * i, "running_var": torch.ones(3)} for i in (1, 2)], [5, 5]
+        ), ValueError, r"variances as means in a layer, got \(3,\) and \(2,\) in 'running_mean' of state 0. Save",
+    ),
+    "not initialized": (
+        lambda: bn.merge_statistics([nn.LazyBatchNorm1d()] * 2), ValueError, r"has no shape yet. Run a batch",
+    ),
     "half a layer": (
         lambda: bn.merge_statistics([{"a.running_mean": torch.ones(2)}] * 2, [5, 5]), ValueError,
         "both statistics of a layer, got 'a.running_mean' of state 0 alone. Save",
@@ -382,6 +394,13 @@ def test_bad_input_is_refused_with_what_to_do(kind):
     call, error, text = REFUSED[kind]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_states_of_numpy_arrays_are_merged_as_tensors():
+    arrays = [{name: value.numpy() for name, value in state.items()} for state in states()]
+    merged, expected = bn.merge_statistics(arrays, [5, 7]), bn.merge_statistics(states(), [5, 7])
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    network(3).load_state_dict(merged)
 
 
 def test_states_may_be_a_generator_and_counts_tensors_or_arrays():

@@ -13,26 +13,19 @@ one place, ``_Merger.merged``.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from batchnorm.argument_types import kind_of, require_number, require_type, require_whole_number
+from batchnorm.argument_types import require_whole_number
 from batchnorm.averaging.layers_in_state import COUNTER, Group, groups_of, local_names
+from batchnorm.averaging.parties import WHO, Party, State, agree, parties_of, require_same_names, require_same_shapes
 from batchnorm.moments import Moments
-from batchnorm.population.tensor_memory import require, same_bits
-
-State = Mapping[str, Any] | nn.Module
-
-_WHO = "merge_statistics"
-_REMEDY = "Pass a list of state dicts or models: [a.state_dict(), b.state_dict()]."
 
 
 @torch.no_grad()
@@ -68,7 +61,8 @@ def merge_statistics(
     are averaged by ``counts`` if models are passed; in state dicts they have the names of batch norm and count as such.
 
     Args:
-        states: State dicts or models, which are not changed. Models of one architecture have the same names.
+        states: State dicts or models, which are not changed. Models of one architecture have the same names. NumPy
+            arrays in a state dict count as tensors.
         counts: For each state the number of values per channel behind its statistics (examples times positions). A
             state with count 0 is left out, whatever it contains. None: the states count alike, and no correction is
             made for the number of values: for soups, whose numbers of values are not known.
@@ -86,13 +80,14 @@ def merge_statistics(
     Raises:
         TypeError: If a state is neither a mapping nor a model, an argument has a wrong type, or a tensor is quantized
             or sparse.
-        ValueError: If there are no states; if the number of counts is not that of the states; if a count is negative,
-            NaN, infinite, or above 0 and not above ``correction``; if all counts are 0; if names or shapes differ
-            between states; if a statistic is NaN, infinite or a negative variance, or another tensor is NaN; if a
-            result does not fit its type; if a path of ``local`` has no tensors; or if a tensor has no numbers.
+        ValueError: If there are no states, or a state has dicts of tensors in it, as a whole checkpoint has; if the
+            number of counts is not that of the states; if a count is negative, NaN, infinite, or above 0 and not above
+            ``correction``; if all counts are 0; if names or shapes differ between states; if a statistic is NaN,
+            infinite or a negative variance, or another tensor is NaN; if a result does not fit its type; if a path of
+            ``local`` has no tensors; or if a tensor has no numbers.
 
     Example:
-        >>> a, b = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        >>> a, b = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
         >>> with torch.no_grad():
         ...     a.running_mean.fill_(0.0), b.running_mean.fill_(6.0)
         (tensor([0.]), tensor([6.]))
@@ -108,7 +103,7 @@ def merged(
 ) -> dict[str, Any]:  # fmt: skip
     """As ``merge_statistics``; ``names`` are those of the states in messages, "state 0", "state 1", ... by default."""
     _check(others, correction)
-    parties = _parties(states, counts, correction, names)
+    parties = parties_of(states, counts, correction, names)
     excluded = _excluded(parties, local)
     merger = _Merger(parties, keep=others == "keep", correction=0 if counts is None else int(correction))
     return merger.result(excluded)
@@ -119,23 +114,12 @@ def weights_agree(states: Sequence[State]) -> bool:
 
     Then merged statistics are those of the union of all data, otherwise of a mixture. Errors as ``merge_statistics``.
     """
-    parties = _parties(states, None, 1)
-    _require_same_names(parties, set())
-    _require_same_shapes(parties, set())
+    parties = parties_of(states, None, 1)
+    require_same_names(parties, set())
+    require_same_shapes(parties, set())
     names = [name for name in parties[0].tensors if name.rpartition(".")[2] != COUNTER]
     statistics = {name for group in groups_of(names) for name in group.names.values()}
-    return all(_agree([party.tensors[name] for party in parties]) for name in names if name not in statistics)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Party:
-    """One state that is merged: its name in messages, its tensors, and its count."""
-
-    name: str
-    tensors: Mapping[str, Any]
-    count: float
-    instance_norms: frozenset[str]  # their paths, which only a model shows
+    return all(agree([party.tensors[name] for party in parties]) for name in names if name not in statistics)
 
 
 def _check(others: object, correction: object) -> None:
@@ -146,122 +130,9 @@ def _check(others: object, correction: object) -> None:
         raise ValueError(f"correction must be 0 or 1, got {correction}. Use 1 for torch's unbiased running_var.")
 
 
-def _parties(
-    states: Sequence[State], counts: Sequence[float] | None, correction: int, names: Sequence[str] = ()
-) -> list[Party]:
-    """The states with a count above 0, checked one by one."""
-    if isinstance(states, (str, bytes, Mapping, nn.Module)) or not isinstance(states, Iterable):
-        raise TypeError(f"{_WHO} needs several states, got {kind_of(states)}. {_REMEDY}")
-    every = list(states)
-    if not every:
-        raise ValueError(f"{_WHO} needs at least one state, got none. {_REMEDY}")
-    for number, state in enumerate(every):
-        require_type(state, (Mapping, nn.Module), f"{_WHO} needs state dicts or models", f"State {number}: {_REMEDY}")
-    numbers = _counts(counts, len(every), correction)
-    shown = names or [f"state {number}" for number in range(len(every))]
-    parties = [_party(*each) for each in zip(shown, every, numbers, strict=True) if each[-1]]
-    for party in parties:
-        _require_usable(party)
-    return parties
-
-
-def _counts(counts: Sequence[float] | None, length: int, correction: int) -> list[float]:
-    if counts is None:
-        return [1.0] * length
-    what = "the number of values per channel behind each state, such as counts=[1000, 500]"
-    if isinstance(counts, (str, bytes, Mapping, nn.Module)) or not isinstance(counts, Iterable):
-        raise TypeError(f"counts must be one number for each state, got {kind_of(counts)}. Pass {what}.")
-    every = [counts] if isinstance(counts, Tensor) and counts.ndim == 0 else list(counts)
-    for count in every:
-        require_number(count, "a count", f"Pass {what}.")
-    if len(every) != length:
-        raise ValueError(f"counts must be one number for each of {length} states, got {len(every)}. Pass {what}.")
-    numbers = [float(count) for count in every]
-    for number in numbers:
-        if not 0 <= number < math.inf:
-            raise ValueError(f"a count must be finite and 0 or more, got {number:g}. Pass {what}.")
-        if 0 < number <= correction:
-            raise ValueError(
-                f"a count must be above {correction}, got {number:g}. Pass {what}; or counts=None, if the states shall "
-                "count alike."
-            )
-    if not any(numbers):
-        raise ValueError(f"{_WHO} needs a count above 0, got 0 for every state. Pass {what}.")
-    return numbers
-
-
-def _party(name: str, state: State, count: float) -> Party:
-    if isinstance(state, nn.Module):
-        modules = state.named_modules(remove_duplicate=False)
-        instance = frozenset(path for path, part in modules if isinstance(part, nn.modules.instancenorm._InstanceNorm))
-        return Party(name, state.state_dict(), count, instance)
-    return Party(name, state, count, frozenset())
-
-
-def _require_usable(party: Party) -> None:
-    tensors = {name: value for name, value in party.tensors.items() if isinstance(value, Tensor)}
-    require({f"{party.name}: {name}": tensor for name, tensor in tensors.items()}, _WHO)
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            what = "quantized" if tensor.is_quantized else str(tensor.layout)
-            raise TypeError(
-                f"{_WHO} needs dense tensors, got {name!r} of {party.name}, which is {what}. Convert it with "
-                f"{'dequantize' if tensor.is_quantized else 'to_dense'}(), or merge before that step."
-            )
-
-
 def _excluded(parties: Sequence[Party], local: str | Iterable[str]) -> set[str]:
     names = dict.fromkeys(name for party in parties for name in party.tensors)
     return local_names(list(names), local)
-
-
-def _require_same_names(parties: Sequence[Party], excluded: set[str]) -> None:
-    """Refuse states with different names; a counter may be missing, as in files from before torch 0.4.1."""
-    first = parties[0]
-    for party in parties[1:]:
-        missing = [n for n in first.tensors if n not in party.tensors and not _may_miss(n, excluded)]
-        further = [n for n in party.tensors if n not in first.tensors and not _may_miss(n, excluded)]
-        if missing or further:
-            kinds = (("without", missing), ("with", further))
-            found = " and ".join(f"{word} {_some(names)}" for word, names in kinds if names)
-            raise ValueError(
-                f"{_WHO} needs the same names in all states, got {party.name} {found}, unlike {first.name}. Pass "
-                "states of one architecture, without prefixes of wrappers; tensors that stay with their states go into "
-                "local=."
-            )
-
-
-def _may_miss(name: str, excluded: set[str]) -> bool:
-    return name in excluded or name.rpartition(".")[2] == COUNTER
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _require_same_shapes(parties: Sequence[Party], excluded: set[str]) -> None:
-    first = parties[0]
-    for party in parties[1:]:
-        for name, value in first.tensors.items():
-            other = party.tensors.get(name)
-            if name in excluded or other is None or _shape(value) == _shape(other):
-                continue
-            raise ValueError(
-                f"{_WHO} needs tensors of one shape under each name, got {name!r} of {_shape(value)} in {first.name} "
-                f"and of {_shape(other)} in {party.name}. Pass states of one architecture, or put {name!r} into local=."
-            )
-
-
-def _shape(value: Any) -> object:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "another type"
-
-
-def _agree(values: Sequence[Any]) -> bool:
-    """Whether all values are tensors of the same bits, or none is a tensor."""
-    first, *rest = values
-    if not isinstance(first, Tensor):
-        return not any(isinstance(value, Tensor) for value in rest)
-    return all(first.dtype == value.dtype and same_bits(first.cpu(), value.cpu()) for value in rest)
 
 
 @final
@@ -274,8 +145,8 @@ class _Merger:
 
     def result(self, excluded: set[str]) -> dict[str, Any]:
         """The merged state dict."""
-        _require_same_names(self.parties, excluded)
-        _require_same_shapes(self.parties, excluded)
+        require_same_names(self.parties, excluded)
+        require_same_shapes(self.parties, excluded)
         names = [name for name in self._names() if name not in excluded]
         groups = {name: group for group in groups_of(names) for name in group.names.values()}
         merged: OrderedDict[str, Any] = OrderedDict()
@@ -302,10 +173,10 @@ class _Merger:
             return {name: _largest(values)}
         if group is not None and not group.is_complete:
             raise ValueError(
-                f"{_WHO} needs both statistics of a layer, got {name!r} of {self.first.name} alone. Save the whole "
+                f"{WHO} needs both statistics of a layer, got {name!r} of {self.first.name} alone. Save the whole "
                 "state dict again, or put the layer into local=."
             )
-        if group is not None and not all(_agree(self._values(each)) for each in group.names.values()):
+        if group is not None and not all(agree(self._values(each)) for each in group.names.values()):
             return self._statistics(group)
         return {name: self._average(name, values, keep=self.keep and group is None)}
 
@@ -337,12 +208,12 @@ class _Merger:
         first = values[0]
         if not isinstance(first, Tensor):
             return first
-        if keep or not (first.is_floating_point() or first.is_complex()) or _agree(values):
+        if keep or not (first.is_floating_point() or first.is_complex()) or agree(values):
             return first.detach().clone()
         for party, value in zip(self.parties, values, strict=True):
             if bool(value.isnan().any()):
                 raise ValueError(
-                    f"{_WHO} needs numbers in every tensor, got NaN in {name!r} of {party.name}. Leave this state out "
+                    f"{WHO} needs numbers in every tensor, got NaN in {name!r} of {party.name}. Leave this state out "
                     "by count 0, or go back to an earlier checkpoint of it."
                 )
         total = sum(party.count for party in self.parties)
@@ -354,13 +225,19 @@ class _Merger:
         rounded = value.to(first.dtype)
         if not bool(rounded.isfinite().all()):
             raise ValueError(
-                f"{_WHO} needs statistics that fit {str(first.dtype).removeprefix('torch.')}, got {name!r} up to "
+                f"{WHO} needs statistics that fit {str(first.dtype).removeprefix('torch.')}, got {name!r} up to "
                 f"{float(value.abs().max()):.3g}. Store statistics as float32: batchnorm fix, or layer.float()."
             )
         return rounded.to(first.device)
 
 
 def _require_statistics(party: Party, group: Group) -> None:
+    mean, var = (party.tensors[group.names[role]] for role in ("mean", "var"))
+    if mean.shape != var.shape:
+        raise ValueError(
+            f"{WHO} needs as many variances as means in a layer, got {tuple(var.shape)} and {tuple(mean.shape)} in "
+            f"{group.names['mean']!r} of {party.name}. Save the state dict of the model again."
+        )
     for role, name in group.names.items():
         values = _wide(party.tensors[name])
         wrong = ~values.isfinite() if role == "mean" else ~(values.isfinite() & (values >= 0))
@@ -368,7 +245,7 @@ def _require_statistics(party: Party, group: Group) -> None:
             channels = wrong.flatten().nonzero().flatten().tolist()
             what = "finite means" if role == "mean" else "finite variances and counts of 0 or more"
             raise ValueError(
-                f"{_WHO} needs {what}, got {float(values.flatten()[channels[0]]):g} in {name!r} of {party.name}, "
+                f"{WHO} needs {what}, got {float(values.flatten()[channels[0]]):g} in {name!r} of {party.name}, "
                 f"channel {channels[0]} ({len(channels)} of {values.numel()} channels). Leave this state out by count "
                 "0, or measure its statistics again: batchnorm.recalibrate(model, loader)."
             )
