@@ -160,6 +160,24 @@ def test_complex_weights_are_averaged():
     assert torch.equal(bn.merge_statistics(states, [10, 10])["w"], torch.tensor([2 + 4j, 6j]))
 
 
+def test_complex_layers_have_the_distances_of_complex_means():
+    g = np.random.default_rng(3)
+    parts = [g.normal(i, 1, (n, 2)) + 1j * g.normal(2 * i, 2, (n, 2)) for i, n in enumerate((5, 9))]
+    layers = []
+    for x in parts:
+        layer = bn.BatchNorm1d(2, dtype=torch.complex128)
+        layer.running_mean.copy_(torch.from_numpy(x.mean(0)))
+        layer.running_var.copy_(torch.from_numpy(x.var(0, ddof=1)))
+        layers.append(layer)
+    merged = bn.merge_statistics(layers, [5, 9])
+    rows = np.concatenate(parts)
+    np.testing.assert_allclose(merged["running_mean"], rows.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(merged["running_var"], rows.var(0, ddof=1), rtol=1e-14)
+    layers[0].running_mean[1] = complex(1, float("nan"))
+    with pytest.raises(ValueError, match=r"finite means, got 1\+nanj in 'running_mean' of state 0, channel 1"):
+        bn.merge_statistics(layers, [5, 9])
+
+
 def test_a_client_without_data_changes_nothing_whatever_it_holds():
     a, b = network(1), network(2)
     broken = network(3).state_dict()

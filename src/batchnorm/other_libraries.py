@@ -173,14 +173,21 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
 
     A copy of the layer is run. None if it cannot be copied, or if it is no affine map of each channel.
     """
+    return next(iter(responses_of(layer).values()), None)
+
+
+def responses_of(layer: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    """As ``response_of``, for inputs of 4, 2, 3 or 5 axes: only the first number of axes that the layer accepts."""
     try:
         probe = copy.deepcopy(layer).cpu().double().eval()
     except Exception:  # noqa: BLE001 - a layer that cannot be copied is not run
-        return None
+        return {}
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
         getattr(probe, name).clear()
-    responses = (response(probe, layer, rank) for rank in _RANKS)
-    return next((each for each in responses if each is not None), None)
+    for rank in _RANKS:
+        if (found := response(probe, layer, rank)) is not None:
+            return {rank: found}
+    return {}
 
 
 def response(

@@ -190,9 +190,11 @@ class _Merger:
             return {name: self._average(name, self._values(name), keep=False) for name in group.names.values()}
         own = group.names.get("count")
         correction = 0 if own else self.correction
-        moments = [self._moments(party, group, correction) for party in self.parties]
-        total = reduce(add, moments)
-        mean, var = total.mean, total.m2 / (total.count - correction)
+        total = reduce(add, (self._moments(party, group, correction) for party in self.parties))
+        mean, m2 = total.mean, total.m2
+        if _is_complex(self.first, group):
+            mean, m2 = torch.view_as_complex(mean.contiguous()), m2.sum(-1)
+        var = m2 / (total.count - correction)
         if own:  # a feature without values keeps mean 0 and variance 1, as InputNorm stores it
             empty = total.count == 0
             mean, var = torch.where(empty, 0.0, mean), torch.where(empty, 1.0, var)
@@ -202,6 +204,8 @@ class _Merger:
     def _moments(self, party: Party, group: Group, correction: int) -> Moments:
         mean, var = (_wide(party.tensors[group.names[role]]) for role in ("mean", "var"))
         count = _wide(party.tensors[group.names["count"]]) if "count" in group.names else party.count
+        if mean.is_complex():  # E|x - m|^2 is the sum for both parts: the real part gets it, the imaginary part 0
+            mean, var = torch.view_as_real(mean), torch.stack([var, torch.zeros_like(var)], -1)
         return Moments.from_var(count, mean, var, correction=correction)
 
     def _average(self, name: str, values: Sequence[Any], *, keep: bool) -> Any:
@@ -231,6 +235,10 @@ class _Merger:
         return rounded.to(first.device)
 
 
+def _is_complex(party: Party, group: Group) -> bool:
+    return party.tensors[group.names["mean"]].is_complex()
+
+
 def _require_statistics(party: Party, group: Group) -> None:
     mean, var = (party.tensors[group.names[role]] for role in ("mean", "var"))
     if mean.shape != var.shape:
@@ -245,7 +253,7 @@ def _require_statistics(party: Party, group: Group) -> None:
             channels = wrong.flatten().nonzero().flatten().tolist()
             what = "finite means" if role == "mean" else "finite variances and counts of 0 or more"
             raise ValueError(
-                f"{WHO} needs {what}, got {float(values.flatten()[channels[0]]):g} in {name!r} of {party.name}, "
+                f"{WHO} needs {what}, got {values.flatten()[channels[0]].item():g} in {name!r} of {party.name}, "
                 f"channel {channels[0]} ({len(channels)} of {values.numel()} channels). Leave this state out by count "
                 "0, or measure its statistics again: batchnorm.recalibrate(model, loader)."
             )

@@ -6,7 +6,6 @@ gets gamma and beta as parameters that need no gradient, and no counter, so the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.other_libraries import channels_of, eps_of, is_of_others, measures, response
+from batchnorm.other_libraries import channels_of, eps_of, is_of_others, measures, responses_of
 from batchnorm.population.freezing import Frozen, freeze
 
 _KINDS = {4: BatchNorm2d, 2: BatchNorm1d, 3: BatchNorm1d, 5: BatchNorm3d}  # by the number of axes of the input
@@ -59,23 +58,10 @@ def why_not(layer: nn.Module) -> str:
 
 def _kind_of(layer: Any, eps: float) -> type | None:
     """The class for the inputs that the layer accepts; None if it does not compute batch norm with its tensors."""
-    try:
-        probe = _detached(layer)
-    except Exception:  # noqa: BLE001 - a layer that cannot be copied is not run
-        return None
-    for rank, kind in _KINDS.items():
-        coefficients = response(probe, layer, rank)
-        if coefficients is not None:
-            return kind if _is_batch_norm(layer, eps, *coefficients) else None
+    for rank, coefficients in responses_of(layer).items():
+        if _is_batch_norm(layer, eps, *coefficients):
+            return _KINDS[rank]
     return None
-
-
-def _detached(layer: Any) -> Any:
-    """A copy in float64 on the CPU, without hooks."""
-    probe = copy.deepcopy(layer).cpu().double().eval()
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
-        getattr(probe, name).clear()
-    return probe
 
 
 def _is_batch_norm(layer: Any, eps: float, scale: Tensor, shift: Tensor) -> bool:

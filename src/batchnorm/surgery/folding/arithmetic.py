@@ -117,14 +117,14 @@ class Linear:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The values in float64 on the CPU: not every device has float64.
+    """The values in float64 on the CPU, complex ones in complex128: not every device has these types.
 
     Raises:
         ValueError: If the values cannot be read.
     """
     if (plain := whole(tensor)) is None:
         raise ValueError(f"fold needs the numbers of every layer, got a tensor that {absence(tensor)}.")
-    return plain.to("cpu", torch.float64)
+    return plain.to("cpu", torch.complex128 if plain.is_complex() else torch.float64)
 
 
 def channels(layer: nn.Module, position: Position) -> int:
