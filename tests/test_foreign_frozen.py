@@ -115,8 +115,10 @@ def test_states_of_the_frozen_class_are_loaded_strictly_and_states_of_the_result
 
 def test_a_layer_that_was_unfrozen_learns_and_stays_a_live_layer():
     result = bn.convert(net(FrozenByTorch(4)))
+    assert not result[1].weight.requires_grad
     bn.unfreeze(result)
-    result[1].requires_grad_(True)
+    assert result[1].weight.requires_grad
+    assert result[1].bias.requires_grad
     before = result[1].running_mean.clone()
     result.train()(images())
     assert not torch.equal(result[1].running_mean, before)

@@ -83,7 +83,7 @@ def _states(source: Any) -> Iterator[LayerState]:
     else:
         raise TypeError(
             f"read needs a file, a model or layer of Keras, or a dict of arrays, got {kind_of(source)}. Pass one "
-            "of them."
+            "of them; for a model of nnx nnx.to_pure_dict(nnx.state(model))."
         )
 
 

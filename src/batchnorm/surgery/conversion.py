@@ -59,9 +59,9 @@ def convert(
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
     both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
     the same numbers on a random batch, in eval and in train mode. A frozen layer of another library, such as
-    torchvision's and detectron2's ``FrozenBatchNorm2d``, becomes a frozen layer of ours whose gamma and beta need no
-    gradient, if it computes batch norm. ``revert`` restores the class of both kinds, but a frozen layer that was
-    unfrozen becomes torch.nn's. Other layers of other libraries stay, and a warning names them.
+    torchvision's and detectron2's ``FrozenBatchNorm2d``, becomes a layer of ours that is frozen by
+    ``freeze(affine=True)``, if it computes batch norm. ``revert`` restores the class of both kinds, but a frozen layer
+    that was unfrozen becomes torch.nn's. Other layers of other libraries stay, and a warning names them.
 
     With ``fuse`` a layer also applies the activation behind it (ReLU, LeakyReLU, ELU, SiLU, exact GELU, Hardswish, as
     module, function or method). If the code adds a tensor between layer and activation, the layer adds it too. If the

@@ -1,7 +1,8 @@
 """FrozenBatchNorm2d of torchvision and detectron2, and other such classes, as frozen layers of ours, and back.
 
 Such a class is not derived from torch.nn's layers and never measures a batch. Its four tensors are buffers. Our layer
-gets gamma and beta as parameters that need no gradient, and no counter, so the keys of the state_dict stay the same.
+gets gamma and beta as parameters that need no gradient until it is unfrozen, and no counter, so the keys of the
+state_dict stay the same.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def as_ours(layer: Any) -> _BatchNorm | None:
             setattr(new, key, None)
     new.num_batches_tracked = None
     new._register_load_state_dict_pre_hook(without_counter)  # the public form keeps a reference to ``new``
-    return freeze(new, affine=False).requires_grad_(False)
+    return freeze(new, affine=True)
 
 
 def without_counter(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -86,7 +87,8 @@ def attributes_of(layer: nn.Module) -> dict[str, Any]:
 def restore(layer: Any, kind: type, attributes: Mapping[str, Any], buffers: tuple[str, ...]) -> None:
     """Give a layer its former frozen class, attributes and buffers back, in place, with the present numbers."""
     own, tensors = vars(layer), {**layer._parameters, **layer._buffers}
-    set_since = {name: own[name] for name in own if name not in vars(nn.BatchNorm2d(1, device="meta"))}
+    ours = {*vars(nn.BatchNorm2d(1, device="meta")), *vars(freeze(nn.BatchNorm2d(1, device="meta"), affine=True))}
+    set_since = {name: own[name] for name in own if name not in ours}
     module = {name: own[name] for name in vars(nn.Module())}
     layer.__class__ = kind
     own.clear()
