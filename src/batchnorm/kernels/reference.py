@@ -107,8 +107,13 @@ def normalize(
     if valid is not None:
         x, residual = without_padding(x, valid), None if residual is None else without_padding(residual, valid)
     z = _standardize(x, statistics, layer.eps)
-    y = activate(_scale_and_shift(z, layer, residual), layer.act, layer.param).to(x.dtype)
+    y = applied(z, layer, residual).to(x.dtype)
     return y if valid is None else without_padding(y, valid)
+
+
+def applied(z: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    """y from z, in the type of z."""
+    return activate(_scale_and_shift(z, layer, residual), layer.act, layer.param)
 
 
 def without_padding(x: Tensor, valid: Tensor) -> Tensor:

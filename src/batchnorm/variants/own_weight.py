@@ -19,7 +19,7 @@ from torch import Tensor
 from batchnorm import kernels
 from batchnorm.argument_types import require_number
 from batchnorm.kernels import ChannelStatistics, Layer, Measured, Sample
-from batchnorm.kernels.reference import squared
+from batchnorm.kernels.reference import applied, real_dtype, squared, wide_dtype
 from batchnorm.variants.ghost_batches import joined, laid_out_as, repeated
 
 
@@ -37,18 +37,36 @@ def normalize(
 
     The examples are additional channels: a contiguous batch is read as (1, N C, ...) without a copy.
     """
+    if x.ndim == 2 and sample.is_whole:
+        return _of_single_values(x, stored, layer, residual, weight)
     examples = x.shape[0]
     values, valid, counts, rest = (
         None if t is None else joined(t, x.shape[1], examples) for t in (x, sample.valid, sample.weight, residual)
     )
     assert values is not None  # noqa: S101 - x is no None
     sample = sample._replace(valid=valid, weight=counts)
-    # with a mask, also one that is True everywhere, a channel's sums have the same bits beside any other channels
-    counted = Sample(torch.ones_like(values[:, :1], dtype=torch.bool)) if sample.is_whole else sample
-    own = kernels.measure_sample(values, counted)
+    if sample.is_whole:
+        # with a mask, also one that is True everywhere, a channel's sums have the same bits beside any other channels
+        sample = Sample(torch.ones_like(values[:, :1], dtype=torch.bool))
+    own = kernels.measure_sample(values, sample)
     statistics = _mixed(own, ChannelStatistics(*(t.repeat(examples) for t in stored)), weight)
     y = kernels.normalize_sample(values, sample, statistics, repeated(layer, examples), rest)
     return laid_out_as(x, y.reshape(x.shape))
+
+
+def _of_single_values(
+    x: Tensor, stored: ChannelStatistics, layer: Layer, residual: Tensor | None, weight: float
+) -> Tensor:
+    """As ``normalize`` for (N, C): the only value is the mean, so with the stored z of x and s = sqrt(var + eps)
+
+    x - mean = (1 - a) s z      var = (1 - a) var_stored + a (1 - a) s^2 z^2
+    """
+    wide = x.to(wide_dtype(x.dtype))
+    z = kernels.normalize(wide, stored, Layer(eps=layer.eps))
+    var = stored.var.to(real_dtype(x.dtype))
+    square, rest = var + layer.eps, 1 - weight
+    mixture = rest * var + weight * rest * square * squared(z)
+    return applied(rest * square.sqrt() * z * (mixture + layer.eps).rsqrt(), layer, residual).to(x.dtype)
 
 
 def _mixed(own: Measured, stored: ChannelStatistics, weight: float) -> ChannelStatistics:
