@@ -270,7 +270,7 @@ def test_wrong_sizes_say_what_was_expected(size, error, words):
 
 
 def test_rows_of_many_channels_agree_with_the_oracle_by_whatever_kernel():
-    """512 ghost batches of 16 channels are 8,192 channels: for so many the reference is faster than the native kernel."""
+    """512 ghost batches of 16 channels are 8,192 channels: for so many the reference is faster than native kernels."""
     layer, x = made(BatchNorm1d, 16, ghost_batch_size=4), torch.randn(2048, 16, requires_grad=True)
     y = layer(x)
     grad = torch.randn_like(y)

@@ -33,7 +33,6 @@ from batchnorm.kernels.interface import (
 from batchnorm.kernels.operators import Context
 from batchnorm.kernels.shapes import values_per_channel
 
-
 _WIDE = 4096  # channels of rows from which on the reference is faster than the native kernels
 
 

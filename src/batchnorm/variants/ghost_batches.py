@@ -15,8 +15,8 @@ includes the differences between the means of ghost batches, which a mean of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, final
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -61,13 +61,12 @@ def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) 
     """The ghost batches of a batch (N, C, ...), in one or two parts; the batch itself if it is empty or not cut."""
     if size is None or not x.shape[0]:
         return [Part(x, sample, residual, 1)]
-    found = []
-    for start, end, ghosts in _sections(x.shape[0], int(size)):
-        cut = [None if t is None else t[start:end] for t in (x, sample.valid, sample.weight, residual)]
-        values, valid, weight, rest = (None if t is None else joined(t, x.shape[1], ghosts) for t in cut)
-        assert values is not None  # noqa: S101 - x is no None
-        found.append(Part(values, sample._replace(valid=valid, weight=weight), rest, ghosts))
-    return found
+    sections, channels = _sections(x.shape[0], int(size)), x.shape[1]
+    values, valid, weight, rest = (_cut(t, channels, sections) for t in (x, sample.valid, sample.weight, residual))
+    return [
+        Part(values[i], sample._replace(valid=valid[i], weight=weight[i]), rest[i], ghosts)
+        for i, (_, ghosts) in enumerate(sections)
+    ]
 
 
 def least_of(batches: Sequence[Part]) -> float | None:
@@ -133,14 +132,20 @@ def union(found: Sequence[Measured], channels: int) -> Measured:
     return Measured(ChannelStatistics(mean, var), total)
 
 
-def _sections(examples: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """The parts of a batch: their first example, the one behind their last, and their number of ghost batches."""
+def _sections(examples: int, size: int) -> list[tuple[int, int]]:
+    """The parts of a batch: their numbers of examples and of ghost batches."""
     ghosts = -(-examples // size)
     each, larger = divmod(examples, ghosts)  # so many ghost batches have one example more
-    middle = larger * (each + 1)
-    if larger:
-        yield 0, middle, larger
-    yield middle, examples, ghosts - larger
+    found = [(larger * (each + 1), larger), ((ghosts - larger) * each, ghosts - larger)]
+    return found if larger else found[1:]
+
+
+def _cut(t: Tensor | None, channels: int, sections: Sequence[tuple[int, int]]) -> list[Any]:
+    """Values, a mask or None, for each part. A single part is not cut: the gradient of a slice is a copy."""
+    if t is None:
+        return [None for _ in sections]
+    cut = t.split([n for n, _ in sections]) if len(sections) > 1 else [t]
+    return [joined(part, channels, ghosts) for part, (_, ghosts) in zip(cut, sections, strict=True)]
 
 
 def joined(t: Tensor, channels: int, ghosts: int) -> Tensor:
