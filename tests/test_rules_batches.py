@@ -5,7 +5,11 @@ from array import array
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import batchnorm
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.rules import RULES, Evidence, Fix
 from batchnorm.rules.rule_evidence import Loop, Measured, Module, Optimizer, Run
@@ -228,3 +232,35 @@ def test_a_layer_that_was_never_updated_is_left_to_its_own_rule():
 def test_a_counter_at_zero_says_nothing_about_statistics():
     converted = replace(STORED, num_batches_tracked=0)
     assert findings("BN209", replace(measured(gap_stale=0.8, gap_shown=0.8), stored={"bn": converted}))
+
+
+def test_a_step_over_all_micro_batches_cures_accumulation():
+    model = batchnorm.convert(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)))
+
+    def found():
+        return [
+            each for each in batchnorm.examine(model, batch_size=8, accumulation=4).findings if each.code == "BN203"
+        ]
+
+    (finding,) = found()
+    assert finding.measured == "accumulation 4: batch norm sees 8 examples, not 32"
+    assert "batchnorm.step_backward(model, micros, loss)" in finding.remedy
+    for micros, cured in ((2, False), (4, True)):
+        batchnorm.step_backward(model, list(torch.randn(32, 3).chunk(micros)), lambda output, _: output.square().mean())
+        assert bool(found()) is not cured
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(checkpoint(lambda h: self.norm(self.first(h)), x, use_reentrant=False))
+
+
+def test_converting_cures_updates_in_the_backward_pass():
+    model, data = Checkpointed(), list(torch.randn(4, 16, 3))
+    (finding,) = [each for each in batchnorm.examine(model, data).findings if each.code == "BN205"]
+    assert "batchnorm.convert(model), whose layers count a repeated forward once" in finding.remedy
+    assert not [each for each in batchnorm.examine(batchnorm.convert(model), data).findings if each.code == "BN205"]

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 from test_rules_batches import HEALTHY as ONE_PROCESS
 from test_rules_batches import MODULE, findings
+from torch import nn
 
+import batchnorm
+from batchnorm.doctor.measuring.model_evidence import modules_of
 from batchnorm.reporting.severity import Severity
 from batchnorm.rules.rule_evidence import Loop, Structure
 
@@ -70,3 +73,29 @@ def test_processes_with_statistics_of_their_own(broadcasts, settings, fires):
     found = findings("BN603", processes(replace(PARALLEL, broadcasts_buffers=broadcasts), **settings))
     assert bool(found) is fires
     assert not found or found[0].layer == ""
+
+
+def test_layers_of_this_package_synchronize_on_a_cpu():
+    assert not findings("BN602", processes(is_sync=True, syncs_on_cpu=True))
+
+
+@pytest.mark.parametrize("code", ["BN601", "BN603"])
+def test_the_cure_is_to_convert_with_sync(code):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    evidence = {"BN601": {"world_size": 2, "batch_size": 4}, "BN603": {}}[code]
+    structure = Structure(training=True, wrappers=("DistributedDataParallel",), broadcasts_buffers=False)
+
+    def found(model):
+        modules, loop = modules_of(model), Loop(**evidence) if evidence else None
+        return findings(code, replace(HEALTHY, structure=structure, modules=modules, loop=loop))
+
+    (finding,) = found(model)
+    assert "batchnorm.convert(model, sync=True)" in finding.remedy
+    assert not found(batchnorm.convert(model, sync=True))
+
+
+def test_the_cure_of_sync_on_a_cpu_is_ours():
+    model = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4))
+    (finding,) = findings("BN602", replace(HEALTHY, modules=modules_of(model)))
+    assert "batchnorm.convert(model, sync=True)" in finding.remedy
+    assert not findings("BN602", replace(HEALTHY, modules=modules_of(batchnorm.convert(model, sync=True))))

@@ -19,7 +19,6 @@ from batchnorm.checkpoint.stored import Checkpoint
 from batchnorm.cli.fix_command import fix
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Fix
-from batchnorm.rules.rule_evidence import Loop, Structure
 
 SICK = {
     code: parts[0] if isinstance(parts, tuple) else parts
@@ -112,19 +111,14 @@ def test_a_half_precision_onnx_file_is_not_told_to_be_trained_further():
     assert RULES["BN108"].findings(as_file(SICK["BN108"], "pt"))
 
 
-def test_layers_that_apply_an_activation_are_not_given_to_torchs_conversion():
-    loop, structure = Loop(batch_size=4, world_size=8), Structure(training=False)
-    plain = replace(as_model(SICK["BN102"], "Net"), loop=loop, structure=structure)
-    fused = replace(plain, modules={"bn": replace(MODULE, act="relu")})
-    assert [f.remedy for f in RULES["BN601"].findings(plain)] == [
-        "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
-    ]
-    assert [f.remedy for f in RULES["BN601"].findings(fused)] == [
-        "torch.nn.SyncBatchNorm.convert_sync_batchnorm(batchnorm.for_export(model))"
-    ]
+def test_the_cure_of_unsynchronized_layers_keeps_their_activations():
+    """torch's convert_sync_batchnorm would lose them."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, act="relu"))
     (found,) = [f for f in examine(model, batch_size=4, world_size=8).findings if f.code == "BN601"]
-    assert "for_export" in found.remedy
+    assert found.remedy.startswith("batchnorm.convert(model, sync=True)")
+    converted = bn.convert(model, sync=True)
+    assert not [f for f in examine(converted, batch_size=4, world_size=8).findings if f.code == "BN601"]
+    assert converted[1].act == "relu"
 
 
 def test_a_recalibration_is_told_for_training_data_only():

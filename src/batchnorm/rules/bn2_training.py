@@ -101,19 +101,24 @@ def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         The given accumulation is above 1. Not reported with 32 or more examples per device, where the noise of means is
-        below 18 % of the standard deviation, or if every layer is frozen.
+        below 18 % of the standard deviation; if every layer is frozen; or if the latest step of the layers was one of
+        batchnorm.step_backward with as many micro-batches, which it normalizes together.
 
     Example:
         batchnorm.doctor.examine(model, batch_size=8, accumulation=4)
 
     Fix:
-        A larger batch in place of accumulation; SyncBatchNorm; group normalization; or frozen layers.
+        batchnorm.step_backward(model, micros, loss) in place of the loop: gradients and statistics are those of the
+        whole batch. Or synchronized layers, if there are several processes; a larger batch; group normalization; or
+        frozen layers. ``with batchnorm.step(model)`` stores the statistics of the whole step; each micro-batch is still
+        normalized by its own.
 
     References:
         Goyal et al. 2017, section 2.3. keras#16633, matconvnet#405.
     """
     loop, size = evidence.loop, _normalized_together(evidence)
-    if loop is None or loop.accumulation <= 1 or not _measures_batches(evidence):
+    joined = min((module.joined for module in (evidence.modules or {}).values() if not module.frozen), default=1)
+    if loop is None or loop.accumulation <= joined or not _measures_batches(evidence):
         return
     if size is None or size < ENOUGH_EXAMPLES:
         seen = f"{size} examples, not {size * loop.accumulation}" if size else f"1 of {loop.accumulation} batches"
@@ -136,8 +141,8 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
         torch.utils.checkpoint.checkpoint(block_with_batch_norm, x, use_reentrant=False)
 
     Fix:
-        memory="save" of this package in place of checkpointing; or momentum 1 - sqrt(1 - m), with which two updates
-        together have the weight m.
+        batchnorm.convert(model): layers of this package store nothing in a forward that a backward pass repeats. Or
+        momentum 1 - sqrt(1 - m), with which two updates together have the weight m.
 
     References:
         pytorch#96136, pytorch#62471.
@@ -149,7 +154,7 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
             yield Finding(
                 name,
                 f"{again} more update{'s' if again > 1 else ''} in the backward pass",
-                remedy=f'batchnorm.convert(model, memory="save") without checkpoint(), or momentum = '
+                remedy="batchnorm.convert(model), whose layers count a repeated forward once, or momentum = "
                 f"{1 - (1 - momentum) ** (1 / (1 + again)):.3g}",
             )
     if evidence.run and (why := _no_backward(evidence.run)):

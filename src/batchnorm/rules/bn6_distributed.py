@@ -28,16 +28,16 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
         statistics that process 0 saves come from its examples alone.
 
     How:
-        The model contains DistributedDataParallel, or world_size is above 1; some layers are neither SyncBatchNorm nor
-        frozen; and a process has fewer than 32 examples, or an unknown number, in a batch.
+        The model contains DistributedDataParallel, or world_size is above 1; some layers are neither synchronized nor
+        frozen; and a process has fewer than 32 examples, or an unknown number, in a batch. SyncBatchNorm and layers of
+        this package with sync=True or a process_group are synchronized.
 
     Example:
         torchrun --nproc-per-node 8 train.py --batch-size 4
 
     Fix:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs; larger batches; or batchnorm.freeze for fine-tuning.
-        convert_sync_batchnorm copies torch.nn's arguments only. If layers of this package apply an activation, convert
-        batchnorm.for_export(model) in place of the model, or the activation is lost.
+        batchnorm.convert(model, sync=True), before DistributedDataParallel wraps the model: its layers synchronize over
+        every backend, on CPUs too, and keep their activations. Or larger batches; or batchnorm.freeze for fine-tuning.
 
     References:
         Peng et al. 2018, "MegDet"; pytorch#30718.
@@ -50,7 +50,6 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
             "",
             f"no synchronization in {listed(layers)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
-            remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_model_to_convert(evidence)})",
         )
 
 
@@ -58,12 +57,6 @@ def _has_several_processes(evidence: Evidence) -> bool:
     """Whether the caller or a wrapper of the model says that several processes train together."""
     structure, loop = evidence.structure, evidence.loop
     return (loop is not None and loop.world_size > 1) or (structure is not None and _PARALLEL in structure.wrappers)
-
-
-def _model_to_convert(evidence: Evidence) -> str:
-    """Code of the model to convert, with for_export if a layer applies an activation, which would otherwise be lost."""
-    applies = any(module.act for module in (evidence.modules or {}).values())
-    return "batchnorm.for_export(model)" if applies else "model"
 
 
 def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
@@ -74,14 +67,16 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
         train mode on a CPU. Without a process group, and in eval mode, it computes the same as batch norm.
 
     How:
-        The layer is a SyncBatchNorm, is not frozen, and has its tensors on the CPU. An error if the model contains
-        DistributedDataParallel, or world_size is above 1; otherwise info. The mode of the model is not checked.
+        The layer is torch's SyncBatchNorm, is not frozen, and has its tensors on the CPU. An error if the model
+        contains DistributedDataParallel, or world_size is above 1; otherwise info. The mode of the model is not
+        checked. Layers of this package with sync=True synchronize on a CPU too.
 
     Example:
         ValueError: SyncBatchNorm expected input tensor to be on GPU
 
     Fix:
-        Move the model to a GPU before training; or replace the layers by plain batch norm: batchnorm.replace.
+        batchnorm.convert(model, sync=True): layers of this package, with the same state_dict, that synchronize on a
+        CPU, for example over gloo. Or move the model to a GPU before training.
 
     References:
         pytorch#78078.
@@ -101,14 +96,15 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         DistributedDataParallel with broadcast_buffers=False (also named forward_sync_buffers), and layers that are
-        neither SyncBatchNorm nor frozen.
+        neither synchronized nor frozen.
 
     Example:
         DistributedDataParallel(model, broadcast_buffers=False)
 
     Fix:
-        Leave the argument out, as buffers are broadcast by default; use SyncBatchNorm; or call
-        batchnorm.recalibrate(model, loader) before saving.
+        batchnorm.convert(model, sync=True): all processes store the same statistics, bit for bit. Or leave the argument
+        out, as buffers are broadcast by default. batchnorm.broadcast_statistics(model) copies the statistics of one
+        process to all before evaluating or saving, and batchnorm.check_replicas(model) says whether they are the same.
 
     References:
         pytorch#13711; timm#110.

@@ -46,8 +46,9 @@ class Module:
     affine: bool
     device: str
     is_lazy: bool = False
-    is_sync: bool = False
+    is_sync: bool = False  # torch's SyncBatchNorm, or ours with sync=True
     syncs_on_cpu: bool = False  # whether its synchronization works on a CPU, as of a layer of this package
+    joined: int = 1  # micro-batches that its latest step normalized together
     skipped_updates: int = 0
     held: bool = False  # frozen by batchnorm.freeze
     tells: bool = True  # whether its settings can be read; False for traced and exported layers

@@ -94,6 +94,7 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
         is_lazy=any(is_lazy(tensor) for tensor in tensors),
         is_sync=is_synchronized(layer),
         syncs_on_cpu=isinstance(layer, LAYERS),
+        joined=int(vars(layer).get("_joined", 1)),
         skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
         held=isinstance(layer, Frozen),
         tells=isinstance(layer, nn.modules.batchnorm._NormBase) or hasattr(layer, "eps"),
