@@ -264,6 +264,18 @@ def test_channels_on_the_last_axis_are_multiplied_there():
         np.testing.assert_allclose(result(x), formula(layer, x, -1), rtol=0, atol=2e-5)
 
 
+def test_a_complex_layer_is_multiplied_by_complex_numbers():
+    layer, x = bn.BatchNorm2d(4, dtype=torch.complex128).eval(), torch.randn(5, 4, 3, 2, dtype=torch.complex128)
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean):
+            tensor.copy_(torch.randn(4, dtype=torch.complex128))
+    mean, gamma, beta = (t.detach().numpy().reshape(1, 4, 1, 1) for t in (layer.running_mean, layer.weight, layer.bias))
+    expected = (x.numpy() - mean) / np.sqrt(1 + layer.eps) * gamma + beta
+    for kind in KINDS:
+        result = bn.for_export(nn.Sequential(layer), remaining=kind)
+        np.testing.assert_allclose(result(x).detach(), expected, rtol=0, atol=1e-13)
+
+
 class Twice(nn.Module):
     """One layer called with rows and with sequences."""
 
