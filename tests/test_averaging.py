@@ -363,6 +363,9 @@ REFUSED = {
     "NaN weight": (
         lambda: bn.merge_statistics(changed("1.weight", NAN), [5, 5]), ValueError, "in '1.weight' of state 1. Leave",
     ),
+    "no tensors": (
+        lambda: bn.merge_statistics([{}, {"epoch": 3}]), ValueError, r"got state 0 without a tensor. Pass model",
+    ),
     "whole checkpoints": (
         lambda: bn.merge_statistics([{"state_dict": states()[0], "epoch": 3}] * 2, [5, 5]), ValueError,
         r"a OrderedDict of tensors under 'state_dict'. Pass the state dict itself: checkpoint\['state_dict",

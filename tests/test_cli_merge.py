@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -192,7 +193,9 @@ BAD = {
     "a folder": (["a.pt", "."], "expected a file, got"),
     "code": (["a.pt", "net.py"], "expected a function, got the file net.py"),
     "garbage": (["a.pt", "garbage.pt"], "garbage.pt: expected a file of torch.save"),
-    "onnx": (["a.pt", "m.onnx"], "m.onnx"),
+    "onnx": (["a.pt", "m.onnx"], "got the ONNX model m.onnx. Merge the checkpoints that"),
+    "pickle": (["a.pt", "p.pkl"], "got the plain pickle p.pkl. Load it, and save"),
+    "empty dicts": (["e.pt", "e.pt"], "got e.pt without a tensor. Pass model.state_dict()"),
     "counts": (["a.pt", "b.pt", "--counts", "3;4"], "--counts needs numbers with commas between them"),
     "too few counts": (["a.pt", "b.pt", "--counts", "3"], "each of 2 states, got 1"),
     "small counts": (["a.pt", "b.pt", "--counts", "1,1"], "must be above 1, got 1"),
@@ -219,6 +222,8 @@ def test_bad_input_is_told_with_a_remedy_and_nothing_is_written(kind):
     saved("x.pt", {**network(1).state_dict(), "_extra_state": {"a": 1}})
     Path("garbage.pt").write_bytes(b"garbage" * 100)
     Path("net.py").write_text("x = 1")
+    saved("e.pt", {"epoch": 3})
+    Path("p.pkl").write_bytes(pickle.dumps({k: v.numpy() for k, v in network(1).state_dict().items()}))
     Path("m.onnx").write_bytes(onnx_model())
     before = {path: Path(path).read_bytes() for path in Path().iterdir()}
     code, output = told(*words, *([] if "-o" in words else ["-o", "d.pt"]))

@@ -16,6 +16,12 @@ from batchnorm.checkpoint.model_loading import state_dict_of
 from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.files.whole import replacing
 
+# formats that ``checkpoint.read`` knows and that are not merged: what they are, and what to do
+_OTHERS = {
+    "onnx": ("ONNX model", "Merge the checkpoints that the models were made from."),
+    "pickle": ("plain pickle", "Load it, and save its tensors with torch.save(state, path)."),
+}
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,9 @@ def read(path: str, state: str = "") -> FileState:
         FileNotFoundError: If there is no such file.
     """
     file = checkpoint.read(path)
+    if file.format in _OTHERS:
+        kind, remedy = _OTHERS[file.format]
+        raise ValueError(f"merge needs files of torch.save or safetensors, got the {kind} {path}. {remedy}")
     file, name = with_state(file, state) if state else (file, next(iter(file.states), ""))
     layers = len(file.states[name].layers) if name else 0
     unused = tuple(other for other in file.states if other != name)

@@ -94,6 +94,10 @@ def _with_tensors(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _require_usable(party: Party) -> None:
     tensors = {name: value for name, value in party.tensors.items() if isinstance(value, Tensor)}
+    if not tensors and not any(map(_has_tensors, party.tensors.values())):
+        raise ValueError(
+            f"{WHO} needs state dicts of tensors, got {party.name} without a tensor. Pass model.state_dict()."
+        )
     if nested := [name for name, value in party.tensors.items() if _has_tensors(value) and not name.endswith(_EXTRA)]:
         raise ValueError(
             f"{WHO} needs state dicts of tensors, got {party.name} with a {kind_of(party.tensors[nested[0]])} of "
