@@ -72,8 +72,8 @@ def synchronize(model: nn.Module, groups: Groups, sync: bool | None, process_gro
     """
     layers = find(model)
     for layer in layers.values():
-        if isinstance(layer, _Layer):
-            layer._set(**_settings(layer, groups, sync, process_group))
+        if isinstance(layer, _Layer) and (settings := _settings(layer, groups, sync, process_group)):
+            layer._set(**settings)
     rest = [path for path, layer in layers.items() if not isinstance(layer, (_Layer, nn.SyncBatchNorm, Frozen))]
     if rest and (sync or process_group is not None):
         warnings.warn(
