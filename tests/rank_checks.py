@@ -214,6 +214,42 @@ def weights_equal_one_process() -> object:
     return distances
 
 
+@check(2, 3)
+def renorm_corrects_by_the_moments_of_all_ranks() -> object:
+    xs, options = batches(sizes(5, 3, 7), 4), {"renorm": bn.Renorm(1.5, 0.5), "momentum": 0.5}
+    distances = {}
+    for masked in (False, True):
+        masks = [torch.arange(4).expand(len(x), 4) < 2 + i for i, x in enumerate(xs)]
+        given = {"mask": masks} if masked else {}
+        together, alone = layer(**options), layer(**options)
+        for step in range(2):  # first both corrections are at their limits, then neither
+            found, expected = trained_together(together, xs, **given), trained_alone(alone, xs, **given)
+            distances[f"masked {masked}, step {step}"] = require_close(found, expected, ULPS)
+            for each in (together, alone):
+                each.zero_grad()
+                each.running_mean.fill_(104)
+                each.running_var.fill_(5)
+        require_same_bits(together)
+    return distances
+
+
+@check(2, 3)
+def ghost_batches_are_local_and_store_the_moments_of_all_ranks() -> object:
+    xs = batches(sizes(8, 5, 3), 4)
+    together, alone, local = layer(ghost_batch_size=2), layer(), layer(ghost_batch_size=2)
+    local.sync = alone.sync = False
+    found = []
+    for each in (together, local):
+        x = xs[rank()].clone().requires_grad_()
+        y = each(x)
+        (y * weight_of(y, rank())).sum().backward()
+        found.append({"y": y.detach(), "d_x": x.grad, "weight": each.weight.grad, "bias": each.bias.grad})
+    require_close(*found, 0)
+    alone(torch.cat(xs))
+    require_same_bits(together)
+    return require_close(dict(together.named_buffers()), dict(alone.named_buffers()), ULPS)
+
+
 @check(2)
 def padding_can_be_kept() -> object:
     xs = batches([4, 5], 8)
