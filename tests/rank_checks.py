@@ -620,6 +620,7 @@ def recomputed_segments_exchange_again() -> object:
         x = xs[rank()].clone().requires_grad_()
         use(lambda x, together=together: together(x).sin(), x).sum().backward()
         found.append({"x": x.grad, "weight": together.weight.grad})
+        assert together.num_batches_tracked == 1
     return require_close(*found, 0)
 
 
@@ -817,6 +818,72 @@ def the_log_and_profiles_name_the_layer() -> None:
         ("DEBUG", "'0.stem', a BatchNorm1d(6), exchanges 20 numbers in its forward pass"),
     ]
     assert "batchnorm exchange, forward: '0.stem', a BatchNorm1d(6)," in {each.key for each in profile.key_averages()}
+
+
+@check(2)
+def complex_batches_equal_one_process() -> object:
+    parts = [batches([3, 5], 4, seed=seed) for seed in (0, 1)]
+    xs = [torch.complex(*pair) for pair in zip(*parts, strict=True)]
+    made = [bn.BatchNorm1d(C, sync=sync, dtype=torch.complex128) for sync in (True, False)]
+    found = []
+    for each, x in zip(made, (xs[rank()], torch.cat(xs)), strict=True):
+        x = x.clone().requires_grad_()
+        weight = torch.cat([weight_of(b.real, i) for i, b in enumerate(xs)])
+        own = slice(None) if len(x) == 8 else slice(3 * rank(), 3 + 5 * rank())
+        (each(x) * weight[own]).abs().square().sum().backward()
+        found.append(x.grad if len(x) < 8 else x.grad[3 * rank() : 3 + 5 * rank()])
+    require_same_bits(made[0])
+    reals = [torch.view_as_real(t).detach() for t in (*found, made[0].running_mean, made[1].running_mean)]
+    distances = require_close({"d_x": reals[0], "mean": reals[2]}, {"d_x": reals[1], "mean": reals[3]}, ULPS)
+    return distances | require_close({"var": made[0].running_var}, {"var": made[1].running_var}, ULPS)
+
+
+@check(2)
+def transforms_of_torch_func_are_refused() -> None:
+    x = batches([3, 4])[rank()]
+    together = layer()
+    text = message(RuntimeError, torch.func.grad(lambda x: together(x).square().sum()), x)
+    assert "outside of torch.func's transforms" in text
+
+
+@check(2)
+def ghost_batches_are_local_and_their_stored_moments_those_of_all_ranks() -> None:
+    xs = batches([8, 5], 3)
+    together, alone = layer(ghost_batch_size=4), layer(ghost_batch_size=4)
+    alone.sync = False
+    assert together(xs[rank()]).equal(alone(xs[rank()]))
+    whole = layer()
+    whole.sync = False
+    whole(torch.cat(xs))
+    require_close(dict(together.named_buffers()), dict(whole.named_buffers()), ULPS)
+    require_same_bits(together)
+
+
+@check(2)
+def renormalized_batches_have_one_correction_on_all_ranks() -> object:
+    xs = batches([3, 5], 4)
+    found, alone = trained_together(layer(renorm=True), xs), trained_alone(layer(renorm=True), xs)
+    return require_close(found, alone, ULPS)
+
+
+@check(2)
+def a_whole_step_of_all_ranks_equals_one_process() -> object:
+    """step_backward with exact gradients on two ranks of two micro-batches each, against one process and one batch."""
+    together = Networks.made(layer()).double()
+    alone = copy.deepcopy(together)
+    alone[1].sync = False
+    xs = batches([6, 6], seed=4)
+    bn.step_backward(together, list(xs[rank()].split(3)), lambda y, _: y.square().mean(), gradient="exact")
+    alone(torch.cat(xs)).square().mean().backward()
+    for p in together.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+    require_same_bits(together[1])
+    expected = {name: p.grad for name, p in alone.named_parameters()}
+    found = {name: p.grad for name, p in together.named_parameters()}
+    assert found.pop("0.bias").abs().max() < 1e-12  # batch norm takes the mean away
+    require_close(dict(together.named_buffers()), dict(alone.named_buffers()), ULPS)
+    return require_close(found, expected, ULPS)
 
 
 def main(*names: str) -> None:

@@ -4,11 +4,14 @@ With counts n_r, means m_r and biased variances v_r of the ranks r, and n, m, v 
 loss that depends on m and v, added up over the losses of all ranks, are
 
     d_m_r = n_r / n (d_m + 2 (m_r - m) d_v)        d_v_r = n_r / n d_v
+
+A complex mean has two components, the real and the imaginary part; the variance is real: that of one added to that of
+the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, final
@@ -16,6 +19,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, distributed
 from torch.autograd import Function
+from torch.nn import functional
 
 from batchnorm.kernels import ChannelStatistics, Measured
 from batchnorm.kernels.choice import is_plain
@@ -90,12 +94,21 @@ def exchange_of(layer: Any, x: Tensor) -> Exchange | None:
     """The exchange of a layer with the other ranks for the batch ``x``; None if the batch is alone.
 
     A program of torch.compile does not compare layers: each rank traces it at another time.
+
+    Raises:
+        RuntimeError: Inside of a transform of torch.func, which has no rule for collectives.
     """
     group = group_of(layer)
     if group is None:
         return None
-    own = None if torch.compiler.is_compiling() else layer_in_group(layer, group)
-    return Exchange(group, values_per_channel(x), own)
+    if torch.compiler.is_compiling():
+        return Exchange(group, values_per_channel(x), None)
+    if torch._C._functorch.get_interpreter_stack():
+        raise RuntimeError(
+            f"{type(layer).__name__} needs a call outside of torch.func's transforms to exchange moments with other "
+            "processes, got one inside. Set layer.sync = False, call eval(), or use torch.autograd."
+        )
+    return Exchange(group, values_per_channel(x), layer_in_group(layer, group))
 
 
 @final
@@ -126,31 +139,29 @@ class Exchange:
         return Measured(ChannelStatistics(mean, var), count)
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sums (2, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs).
+        """The sums (rows, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs).
 
         Raises:
-            RuntimeError: If the backward pass is itself to be differentiated; if the exchange fails.
+            RuntimeError: If the exchange fails; on every rank, if the ranks call different layers.
         """
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives of a synchronized layer need gradients of the other ranks, which they do not "
-                "compute. Set sync=False, call eval(), or leave out create_graph=True."
-            )
-        rows = self._gathered([sums.to(exact_dtype(sums.device)).reshape(-1)], "backward")
+        rows = self._gathered([sums.detach().to(exact_dtype(sums.device)).reshape(-1)], "backward")
         return _folded(_added, (rows,))[0].view_as(sums)
 
     def merged(self, mean: Tensor, var: Tensor, count: Tensor) -> Stack:
         """Mean, variance and count (C,) of the union, from those of this rank."""
         # without values the moments are NaN, which would become the gradients of other ranks
         mean, var = (torch.where(count == 0, 0, each) for each in (mean, var))
-        values = [mean.new_full((1,), self.size), count, mean, var * count]
-        rows = self._gathered(values, "forward")
-        sizes, (counts, means, m2s) = rows[:, 0], rows[:, 1:].unflatten(1, (3, -1)).unbind(1)
-        count, mean, m2 = _folded(merged, (counts.detach(), means, m2s))
-        measured = Measured(ChannelStatistics(mean, m2 / count), count)
+        own = _components(mean)
+        rows = self._gathered([var.new_full((1,), self.size), count, var * count, own.reshape(-1)], "forward")
+        sizes, counts, m2s, means = rows.split([1, len(count), len(count), own.numel()], 1)
+        means = means.unflatten(1, own.shape)  # (ranks, components * C) -> (ranks, components, C)
+        counts = counts.detach().unsqueeze(1).expand_as(means)
+        m2s = functional.pad(m2s.unsqueeze(1), (0, 0, 0, len(own) - 1))  # those between components' means are added
+        count, means, m2s = _folded(merged, (counts, means, m2s))
+        measured = Measured(ChannelStatistics(_joined(means), m2s.sum(0) / count[0]), count[0])
         if rows.is_cpu and is_plain(rows) and count.numel() and not bool((count > 1).all()):
             raise TooFewValuesError(measured, ranks_in_words(self.group), is_empty=not sizes.any())
-        return *measured.statistics, count
+        return *measured.statistics, measured.count
 
     def _gathered(self, parts: list[Tensor], direction: str) -> Tensor:
         """The parts of all ranks in one collective: (ranks, K), in rank order; a header precedes the first one."""
@@ -164,6 +175,16 @@ class Exchange:
         if rows.is_cpu and is_plain(rows) and not bool((rows[:, 0] == own.fingerprint).all()):
             own.compare(direction, rows.device)
         return rows[:, 1:]
+
+
+def _components(values: Tensor) -> Tensor:
+    """Real values (C,) as (1, C); the real and imaginary parts of complex values as (2, C)."""
+    return torch.stack([values.real, values.imag]) if values.is_complex() else values.unsqueeze(0)
+
+
+def _joined(components: Sequence[Tensor] | Tensor) -> Tensor:
+    """The inverse of ``_components``."""
+    return components[0] if len(components) == 1 else torch.complex(components[0], components[1])
 
 
 def _added(a: Stack, b: Stack) -> Stack:
@@ -197,12 +218,18 @@ class _Union(Function):
         of_all = exchange.merged(mean, var, count)
         distance = torch.where(count == 0, 0, mean - of_all[0])
         ctx.exchange = exchange
-        ctx.save_for_backward(distance, count / of_all[2].clamp_min(1e-300))
+        ctx.save_for_backward(distance, count / torch.where(of_all[2] == 0, 1, of_all[2]))
         ctx.mark_non_differentiable(of_all[2])
         return of_all
 
     @staticmethod
     def backward(ctx: _Context, d_mean: Tensor, d_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives of a synchronized layer need gradients of the other ranks, which they do not "
+                "compute. Set sync=False, call eval(), or leave out create_graph=True."
+            )
         distance, share = ctx.saved_tensors
-        d_mean, d_var = ctx.exchange.total(torch.stack([d_mean, d_var])).unbind()
+        *d_means, d_var = ctx.exchange.total(torch.cat([_components(d_mean), d_var.unsqueeze(0)])).unbind()
+        d_mean = _joined(d_means)
         return share * (d_mean + 2 * distance * d_var), share * d_var, None, None
