@@ -785,14 +785,32 @@ def a_step_of_micro_batches_moves_statistics_once_by_the_values_of_all_ranks() -
     return distances
 
 
-@check(2)
-def second_derivatives_are_refused() -> None:
-    x = batches([3, 4])[rank()].requires_grad_()
-    weight = torch.rand(len(x), dtype=torch.float64)
-    for options in ({}, {"weight": weight}):
-        y = layer()(x, **options).square().sum()
-        text = message(RuntimeError, torch.autograd.grad, y, x, create_graph=True)
-        assert "second derivatives of a" in text
+@check(2, 3)
+def second_derivatives_equal_one_process() -> object:
+    """A penalty on the gradient of x, differentiated in x and gamma; by the kernels and by the formula."""
+    xs = batches(sizes(3, 4, 2), 3)
+    distances = []
+    for given in (False, True):
+        weights = [
+            torch.rand(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+            for i, x in enumerate(xs)
+        ]
+        made, found = [layer(act="silu"), layer(act="silu")], []
+        made[1].sync = False
+        own = slice(sum(len(x) for x in xs[: rank()]), sum(len(x) for x in xs[: rank() + 1]))
+        for each, x, weight in zip(
+            made, (xs[rank()], torch.cat(xs)), (weights[rank()], torch.cat(weights)), strict=True
+        ):
+            x = x.clone().requires_grad_()
+            y = each(x, weight=weight if given else None)
+            (d_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            d_x.square().sum().backward()
+            found.append({"x": x.grad, "gamma": each.weight.grad, "beta": each.bias.grad})
+        for name in ("gamma", "beta"):
+            dist.all_reduce(found[0][name])
+        found[1]["x"] = found[1]["x"][own]
+        distances.append(require_close(*found, 100 * ULPS))  # twice differences of terms that are 10 times as large
+    return distances
 
 
 @check(2)
@@ -839,11 +857,19 @@ def complex_batches_equal_one_process() -> object:
 
 
 @check(2)
-def transforms_of_torch_func_are_refused() -> None:
-    x = batches([3, 4])[rank()]
-    together = layer()
-    text = message(RuntimeError, torch.func.grad(lambda x: together(x).square().sum()), x)
-    assert "outside of torch.func's transforms" in text
+def gradients_by_torch_func_equal_those_of_autograd() -> object:
+    xs, together = batches([3, 4], 2), layer()
+    expected = trained_together(layer(), xs)
+    weight = weight_of(expected["y"], rank())
+    d_x = torch.func.grad(lambda x: (together(x) * weight).sum())(xs[rank()]).detach()
+    assert together.num_batches_tracked == 1
+    text = message(
+        RuntimeError, torch.func.vmap(lambda x: layer(track_running_stats=False)(x)), torch.stack([xs[rank()]] * 2)
+    )
+    assert "needs a call outside of vmap and jvp" in text
+    return require_close(
+        {"d_x": d_x, "mean": together.running_mean}, {"d_x": expected["d_x"], "mean": expected["running_mean"]}, ULPS
+    )
 
 
 @check(2)

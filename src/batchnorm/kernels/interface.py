@@ -90,7 +90,10 @@ class Group(Protocol):
     """Batches that are normalized together: of several processes, or several micro-batches of a step."""
 
     def union(self, own: Measured) -> Measured:
-        """The moments of all batches of the group, from those of this batch; the same bits for every batch."""
+        """The moments of all batches of the group, from those of this batch; the same bits for every batch.
+
+        Differentiable any number of times; a backward pass that is itself differentiated calls it again.
+        """
         ...
 
     def total(self, sums: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def train(
 ) -> tuple[Tensor, Measured]:
     """The batch normalized by the moments of a sample, and these moments, which have no gradient.
 
-    Differentiable in x, weight, bias and residual, without a group any number of times.
+    Differentiable in x, weight, bias and residual any number of times.
     """
     valid = sample.positions(x)
     tensors = (x, residual, layer.weight, layer.bias, valid)
@@ -252,15 +252,11 @@ def _kernel_of(forward: ForwardPass) -> PaddedKernel | Kernel:
 
 def _differentiable_backward(ctx: Context, grad: Tensor, layer: Layer) -> list[Tensor | None]:
     """Gradients of x, weight, bias and residual that can be differentiated again: those of the formula."""
-    if ctx.group is not None:
-        raise RuntimeError(
-            "second derivatives of a batch that is normalized together with others need gradients of the others, "
-            "which this process does not have. Compute them in one process, or call eval()."
-        )
     x, *_, residual = inputs = ctx.saved_tensors
     sample = Sample(None if ctx.valid is None else ctx.valid.unsqueeze(1))
     with torch.enable_grad():
-        statistics, _ = reference.measure_counted(x, sample.counts(x))
-        y = normalize_by_formula(x, sample, statistics, layer, residual)
+        measured = Measured(*reference.measure_counted(x, sample.counts(x)))
+        measured = measured if ctx.group is None else ctx.group.union(measured)
+        y = normalize_by_formula(x, sample, measured.statistics, layer, residual)
     tracked = [t if t is not None and t.requires_grad else None for t in inputs]
     return operators.gradients([y], tracked, [grad], create_graph=torch.is_grad_enabled())

@@ -96,17 +96,18 @@ def exchange_of(layer: Any, x: Tensor) -> Exchange | None:
     A program of torch.compile does not compare layers: each rank traces it at another time.
 
     Raises:
-        RuntimeError: Inside of a transform of torch.func, which has no rule for collectives.
+        RuntimeError: Inside of vmap or jvp, which have no rule for collectives.
     """
     group = group_of(layer)
     if group is None:
         return None
     if torch.compiler.is_compiling():
         return Exchange(group, values_per_channel(x), None)
-    if torch._C._functorch.get_interpreter_stack():
+    transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if transforms - {torch._C._functorch.TransformType.Grad}:
         raise RuntimeError(
-            f"{type(layer).__name__} needs a call outside of torch.func's transforms to exchange moments with other "
-            "processes, got one inside. Set layer.sync = False, call eval(), or use torch.autograd."
+            f"{type(layer).__name__} needs a call outside of vmap and jvp to exchange moments with other processes, "
+            "got one inside. Set layer.sync = False, call eval(), or use torch.func.grad or torch.autograd."
         )
     return Exchange(group, values_per_channel(x), layer_in_group(layer, group))
 
@@ -201,7 +202,7 @@ def _folded(combine: Callable[[Stack, Stack], Stack], parts: Stack) -> Stack:
 
 
 class _Context(Protocol):
-    """The object in which the node keeps what its backward pass needs."""
+    """The object in which a node keeps what its backward pass needs."""
 
     saved_tensors: tuple[Tensor, ...]
     exchange: Exchange
@@ -210,26 +211,42 @@ class _Context(Protocol):
 
 
 class _Union(Function):
-    """The moments of the union, differentiable in those of this rank."""
+    """The moments of the union, differentiable any number of times in those of this rank."""
 
     @staticmethod
-    def forward(ctx: _Context, mean: Tensor, var: Tensor, count: Tensor, exchange: Exchange) -> Stack:
+    def forward(mean: Tensor, var: Tensor, count: Tensor, exchange: Exchange) -> Stack:  # pyrefly: ignore
         """Mean, variance and count of the union."""
-        of_all = exchange.merged(mean, var, count)
-        distance = torch.where(count == 0, 0, mean - of_all[0])
-        ctx.exchange = exchange
-        ctx.save_for_backward(distance, count / torch.where(of_all[2] == 0, 1, of_all[2]))
-        ctx.mark_non_differentiable(of_all[2])
-        return of_all
+        return exchange.merged(mean, var, count)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Stack) -> None:  # pyrefly: ignore
+        """Keep what the backward pass needs."""
+        mean, _, count, ctx.exchange = inputs
+        ctx.save_for_backward(mean, count, output[0], output[2])
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: _Context, d_mean: Tensor, d_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives of a synchronized layer need gradients of the other ranks, which they do not "
-                "compute. Set sync=False, call eval(), or leave out create_graph=True."
-            )
-        distance, share = ctx.saved_tensors
-        *d_means, d_var = ctx.exchange.total(torch.cat([_components(d_mean), d_var.unsqueeze(0)])).unbind()
-        d_mean = _joined(d_means)
-        return share * (d_mean + 2 * distance * d_var), share * d_var, None, None
+        own_mean, own_count, mean, count = ctx.saved_tensors
+        *d_means, d_var = _Total.apply(torch.cat([_components(d_mean), d_var.unsqueeze(0)]), ctx.exchange).unbind()
+        distance = torch.where(own_count == 0, 0, own_mean - mean)
+        share = own_count / torch.where(count == 0, 1, count)
+        return share * (_joined(d_means) + 2 * distance * d_var), share * d_var, None, None
+
+
+class _Total(Function):
+    """Sums over all ranks: a rank's summand is in the sums of all, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(sums: Tensor, exchange: Exchange) -> Tensor:  # pyrefly: ignore
+        """As ``Exchange.total``."""
+        return exchange.total(sums)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004  # pyrefly: ignore
+        """Keep the exchange."""
+        ctx.exchange = inputs[1]
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
+        return _Total.apply(grad, ctx.exchange), None
