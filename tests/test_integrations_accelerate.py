@@ -1,4 +1,4 @@
-"""accelerate needs no adapter: ``watch`` takes the model before or after ``prepare``."""
+"""accelerate: ``watch`` takes the model before or after ``prepare``, and ``accumulate`` stores each step once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
+from batchnorm.integrations.accelerate import accumulate
 from batchnorm.record import Log
 
 NO_LIMIT = 1e9
@@ -80,3 +81,43 @@ def test_statistics_that_are_offloaded_are_refused_by_name():
     for look in (bn.recalibrate, bn.adapt, lambda model, _: bn.ShiftMonitor(model)):
         with pytest.raises(ValueError, match=r"'0.1.running_mean', got a tensor that is on the meta device .* buffers"):
             look(model, [images(0)])
+
+
+def accumulated(prepared: bool, loader: Any) -> nn.Module:
+    """A layer after one epoch of steps of 3 batches of 8."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    own = nn.Sequential(nn.Linear(6, 8), bn.BatchNorm1d(8, momentum=1.0))
+    model, optimizer, loader = accelerator.prepare(own, torch.optim.SGD(own.parameters(), 0.0), loader)
+    for (x,) in loader:
+        with accumulate(accelerator, model if prepared else own):
+            accelerator.backward(model(x).square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    return own
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize(("size", "last"), [(72, 24), (80, 8)])
+def test_accumulated_steps_store_the_moments_of_their_batches(prepared: bool, size: int, last: int) -> None:
+    data = torch.randn(size, 6)
+    model = accumulated(prepared, DataLoader(TensorDataset(data), 8))
+    inputs = model[0](data[-last:]).detach().double()
+    assert model[1].num_batches_tracked == -(-size // 24)
+    torch.testing.assert_close(model[1].running_mean, inputs.mean(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var, inputs.var(0).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_exception_discards_the_step_that_goes_on() -> None:
+    layer = nn.Sequential(bn.BatchNorm1d(6))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+
+    def micro_batch(x: torch.Tensor) -> None:
+        with accumulate(accelerator, layer):
+            layer(x)
+
+    micro_batch(torch.randn(8, 6))
+    with pytest.raises(ValueError, match="should contain 5 elements"):
+        micro_batch(torch.randn(8, 5))
+    assert layer[0].num_batches_tracked == 0
+    layer(torch.randn(8, 6))
+    assert layer[0].num_batches_tracked == 1

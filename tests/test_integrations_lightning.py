@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
-from batchnorm.integrations.lightning import BatchNormMonitor, FreezeBatchNorm, Recalibrate
+from batchnorm.integrations.lightning import AccumulatedStatistics, BatchNormMonitor, FreezeBatchNorm, Recalibrate
 from batchnorm.population.freezing import Frozen
 from batchnorm.record import Log
 
@@ -430,3 +430,73 @@ def test_both_packages_take_the_callbacks() -> None:
     done = forked.run(program)
     assert done.returncode == 0, done.stderr
     assert issubclass(BatchNormMonitor, pl.Callback)
+
+
+# --- AccumulatedStatistics ----------------------------------------------------------------------------------
+
+
+class Converted(Net):
+    """A module with layers of ours that store the latest batch, and records the inputs of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bn.convert(self, inplace=True)
+        self.inputs: list[Tensor] = []
+        self.stem[1].momentum = 1.0
+        self.stem[1].register_forward_pre_hook(self.record)
+
+    def record(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if layer.training:
+            self.inputs.append(arguments[0].detach().double())
+
+
+class ByHand(Converted):
+    """Steps its optimizer itself, after every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        self.manual_backward(super().training_step(batch, index))
+        if index % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def assert_stored(layer: nn.Module, inputs: list[Tensor], steps: int) -> None:
+    """The layer stored that many steps, the last of them with these inputs."""
+    together = torch.cat(inputs)
+    assert layer.num_batches_tracked == steps
+    torch.testing.assert_close(layer.running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var, together.var(0).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("accumulated", "last"), [(3, 3), (5, 2), (1, 1)])
+def test_accumulated_batches_are_stored_once_a_step(accumulated: int, last: int) -> None:
+    model, trainer = fitted(
+        AccumulatedStatistics(), kind=Converted, epochs=2, accumulate_grad_batches=accumulated, val_check_interval=4
+    )
+    assert_stored(model.stem[1], model.inputs[-last:], trainer.global_step)
+
+
+def test_steps_by_hand_are_stored_once() -> None:
+    model, _ = fitted(AccumulatedStatistics(), kind=ByHand, epochs=2)
+    assert_stored(model.stem[1], model.inputs[-3:], 8)
+
+
+def test_an_exception_stores_nothing_of_its_step() -> None:
+    def fail(model: nn.Module) -> None:
+        def raised(*_: Any) -> None:
+            if len(model.inputs) == 5:
+                raise KeyError("data")
+
+        model.stem[1].register_forward_hook(raised)
+
+    with pytest.raises(KeyError, match="data"):
+        fitted(AccumulatedStatistics(), kind=Converted, change=fail, accumulate_grad_batches=3)
+
+
+def test_layers_of_torch_are_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match=r"step needs layers of this package, got BatchNorm1d"):
+        fitted(AccumulatedStatistics())

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 import batchnorm as bn
-from batchnorm.integrations.transformers import BatchNormCallback
+from batchnorm.integrations.transformers import AccumulatedStatistics, BatchNormCallback
 from batchnorm.record import Log
 
 pytestmark = [
@@ -145,3 +145,39 @@ def test_a_training_that_failed_is_ended_by_the_next_one(tmp_path: Path) -> None
     with pytest.warns(RuntimeWarning, match="saw no step of an optimizer"):
         trained(tmp_path, callback, model=model)
     assert [row["reason"] for row in Log(tmp_path / "run").rows("end")] == ["interrupted", "finished"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_accumulated_micro_batches_are_stored_once_a_step(steps: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = bn.convert(Net()), []
+    model.stem[1].momentum = 1.0
+
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if layer.training:
+            inputs.append(arguments[0].detach().double())
+
+    model.stem[1].register_forward_pre_hook(record)
+    trained(
+        tmp_path, AccumulatedStatistics(), model=model, gradient_accumulation_steps=steps, eval_strategy="steps",
+        eval_steps=1, trainer={"eval_dataset": Rows(16)},
+    )  # fmt: skip
+    together = torch.cat(inputs[-(12 % steps or steps) :])
+    assert model.stem[1].num_batches_tracked == 3 * -(-12 // steps)
+    torch.testing.assert_close(model.stem[1].running_mean, together.mean(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.stem[1].running_var, together.var(0).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_an_exception_left_open_can_be_discarded(tmp_path: Path) -> None:
+    model, callback = bn.convert(Net()), AccumulatedStatistics()
+
+    def fail(*_: Any) -> None:
+        raise KeyError("data")
+
+    handle = model.body.register_forward_hook(fail)
+    with pytest.raises(KeyError, match="data"):
+        trained(tmp_path, callback, model=model)
+    handle.remove()
+    callback.discard()
+    model.train()(torch.randn(8, 6))
+    assert model.stem[1].num_batches_tracked == 1

@@ -1,4 +1,4 @@
-"""Lightning: callbacks that watch, recalibrate and freeze, for both ``lightning`` and ``pytorch_lightning``."""
+"""Lightning: callbacks that watch, recalibrate, accumulate and freeze; for ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack, final
 from torch import nn
 
 from batchnorm.instruments import Watch
+from batchnorm.integrations.accumulated_step import AccumulatedStep
 from batchnorm.integrations.layer_summary import summary
 from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.missing_packages import needed
@@ -173,6 +174,46 @@ class Recalibrate(Callback):
             for layer in self._held:
                 held.enter_context(frozen(layer))
             calibrate(_trained_part(pl_module), batches, self._max_examples, forward=forward, exact=self._exact)
+
+
+@final
+class AccumulatedStatistics(Callback):
+    """Moves stored statistics once for each step of the optimizer, with ``accumulate_grad_batches`` or by hand.
+
+    The batches since the last step count together, as in ``batchnorm.step``; each is normalized by its own statistics.
+    When training ends, batches after the last step are stored too. After an exception they are not.
+
+    Raises:
+        ValueError: When fitting begins, if the model has batch norm layers that are not of this package, or none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step, self._has_stepped = AccumulatedStep(), False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Begin a step, unless one goes on."""
+        self._step.begin(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note that this batch ends a step."""
+        self._has_stepped = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Answer, batch: Batch, batch_idx: int
+    ) -> None:
+        """Store the statistics of a step that ended."""
+        if self._has_stepped:
+            self._step.store()
+            self._has_stepped = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the statistics of the batches after the last step."""
+        self._step.store()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Store nothing."""
+        self._step.discard()
 
 
 @final

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a callback that watches, and can recalibrate when training ends.
+"""Hugging Face Trainer: callbacks that watch, can recalibrate when training ends, and store each step once.
 
 The Trainer calls ``model.train()`` in every step, which undoes ``layer.eval()``, but not ``batchnorm.freeze(model)``.
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from batchnorm.call_types import Batch
 from batchnorm.instruments import Watch
+from batchnorm.integrations.accumulated_step import AccumulatedStep
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
 from batchnorm.integrations.watch_session import Session, WatchArguments
@@ -69,6 +70,42 @@ class BatchNormCallback(TrainerCallback):
         self._session.end()
         if self._recalibrate:
             calibrate(kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called)
+
+
+@final
+class AccumulatedStatistics(TrainerCallback):
+    """Moves stored statistics once for each step of the optimizer, with ``gradient_accumulation_steps``.
+
+    The micro-batches of a step count together, as in ``batchnorm.step``; each is normalized by its own statistics. A
+    Trainer does not inform its callbacks about an exception: call ``discard`` before the model is used elsewhere.
+
+    Raises:
+        ValueError: When training begins, if the model has batch norm layers that are not of this package, or none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = AccumulatedStep()
+
+    def discard(self) -> None:
+        """End a step that an exception left open, and store nothing."""
+        self._step.discard()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Discard what an earlier training left open."""
+        self._step.discard()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin a step: the Trainer calls this for its first micro-batch."""
+        self._step.begin(kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Store the statistics of the step."""
+        self._step.store()
 
 
 def _called(model: nn.Module, batch: Batch) -> object:

@@ -55,6 +55,8 @@ def step(model: nn.Module) -> Iterator[nn.Module]:
         >>> model.running_mean.item(), round(model.running_var.item(), 3), model.num_batches_tracked.item()
         (3.0, 6.667, 1)
     """
+    require_module(model, "step")
+    require_train_mode(require_ours(model, "step"), "step")
     opened = OpenStep(model)
     try:
         yield model
@@ -69,9 +71,7 @@ class OpenStep:
     """A step that is open from its construction until ``store`` or ``discard``; for training loops without a block."""
 
     def __init__(self, model: nn.Module) -> None:
-        require_module(model, "step")
         layers = require_ours(model, "step")
-        require_train_mode(layers, "step")
         self._parts = {path: _LayerStep(each) for path, each in layers.items() if has_stored_statistics(each)}
         self._attached = Attached(layers, self._parts)
 
