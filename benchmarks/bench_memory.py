@@ -66,7 +66,7 @@ def _step(side: str) -> dict[str, float]:
     run = layer if side == "ours" else bench.composed(case, layer, inplace=side == "torch in place")
     call = bench.call(case, run, list(layer.parameters()), inputs)
     call()
-    return {"x_mb": inputs.x.nbytes / MEGABYTE, "peak_mb": _peak_of(call)}
+    return {"x_mb": inputs.x.nbytes / MEGABYTE, "peak_mb": peak_of(call)}
 
 
 def _network(side: str) -> dict[str, float]:
@@ -79,23 +79,23 @@ def _network(side: str) -> dict[str, float]:
     step()
     model.zero_grad(set_to_none=True)
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     result = model(x)
-    kept = _resident("VmRSS") - before
+    kept = resident("VmRSS") - before
     del result
-    return {"kept_mb": kept, "peak_mb": _peak_of(step)}
+    return {"kept_mb": kept, "peak_mb": peak_of(step)}
 
 
-def _peak_of(call: Any) -> float:
+def peak_of(call: Any) -> float:
     """Megabytes by which the resident memory rises at most while ``call`` runs."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / MEGABYTE
 

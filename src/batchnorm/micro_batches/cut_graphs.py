@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple, final
 
 import torch
@@ -40,6 +42,10 @@ _ASKING = {
 }  # fmt: skip
 
 
+_AUGMENTED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_AUGMENTED |= {"__setitem__"}
+
+
 class UnsuitedError(Exception):
     """A graph cannot be cut in this way; the message says why, as the end of a sentence."""
 
@@ -59,6 +65,22 @@ class Collected:
         """The gradient so far, which starts anew."""
         grad, self.grad = self.grad, None
         return grad
+
+
+class _Renewed(Function):
+    """A tensor that starts anew, in place: its gradient is collected."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, value: Tensor, collected: Collected) -> Tensor:
+        """The same tensor, which must have no history."""
+        ctx.collected = collected
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyrefly: ignore
+        ctx.collected.add(grad)
+        return None, None, None
 
 
 class _Source(Function):
@@ -186,18 +208,40 @@ class CutGraph:
 
     def gated(self, value: Any) -> Any:
         """What a function reads in place of ``value``: a tensor without history if it belongs to a lower level."""
-        if not isinstance(value, Tensor) or not value.requires_grad or (node := value.grad_fn) is None:
-            return value
-        self.look(value)
-        if self.level < 0 or not self._has_gates or node._sequence_nr() >= self._starts[-1]:
+        if not self._is_lower(value):
             return value
         if id(value) not in self._level_gates:
             collected, edge = Collected(), get_gradient_edge(value)
             gate = _Source.apply(self._anchor, value.detach, collected)
             self._level_gates[id(value)] = value, gate
-            if self.level >= self._first:
-                self._gates.setdefault(self.level, []).append((edge, collected))
+            self._collect(edge, collected)
         return self._level_gates[id(value)][1]
+
+    def renew(self, value: Any) -> None:
+        """Let a tensor of a lower level start anew, because a function will write to it.
+
+        Raises:
+            UnsuitedError: If the tensor is a view of another, whose history cannot be replaced.
+        """
+        if not self._is_lower(value):
+            return
+        if value._is_view():
+            raise UnsuitedError("an operation in place changes a view of a tensor from before a batch norm layer")
+        collected, edge = Collected(), get_gradient_edge(value)
+        value.detach_()
+        _Renewed.apply(self._anchor, value, collected)
+        self._collect(edge, collected)
+
+    def _is_lower(self, value: Any) -> bool:
+        """Whether a value is a tensor of a lower level than that of now, and may start anew."""
+        if not isinstance(value, Tensor) or not value.requires_grad or value.grad_fn is None:
+            return False
+        self.look(value)
+        return self._has_gates and self.level >= 0 and value.grad_fn._sequence_nr() < self._starts[-1]
+
+    def _collect(self, edge: GradientEdge, collected: Collected) -> None:
+        if self.level >= self._first:
+            self._gates.setdefault(self.level, []).append((edge, collected))
 
     def look(self, value: Any) -> None:
         """Start a backward pass at a tensor if its gradient is wanted."""
@@ -292,6 +336,25 @@ def _edge(t: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(t) if t is not None and t.requires_grad else None
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> Any:
+    """The tensor that a function writes to, by its name or its argument ``inplace``; None for other functions."""
+    name, place = getattr(func, "__name__", ""), _place_of_inplace(func)
+    by_argument = place is not None and (
+        kwargs["inplace"] if "inplace" in kwargs else args[place : place + 1] == (True,)
+    )
+    by_name = (name.endswith("_") and not name.endswith("__")) or name in _AUGMENTED
+    return next(iter((*args, *kwargs.values())), None) if by_argument or by_name else None
+
+
+@cache
+def _place_of_inplace(func: Any) -> int | None:
+    """The position of a function's argument ``inplace``; None if it has none."""
+    try:
+        return list(signature(func).parameters).index("inplace")
+    except (ValueError, TypeError):  # no such argument, or a function of C without a signature
+        return None
+
+
 @final
 class _Reading(TorchFunctionMode):
     """Lets every function of torch read what the graph gives it in place of tensors of lower levels."""
@@ -305,6 +368,7 @@ class _Reading(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or getattr(func, "__name__", "") in _ASKING:
             return func(*args, **kwargs)
+        self._graph.renew(_written(func, args, kwargs))
         args, kwargs = tree_map(self._graph.gated, args), tree_map(self._graph.gated, kwargs)
         before = [(gate, gate._version) for _, gate in self._graph._level_gates.values()]
         result = func(*args, **kwargs)
