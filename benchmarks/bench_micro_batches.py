@@ -1,4 +1,4 @@
-"""A step on micro-batches compared with the step on the whole batch: python benchmarks/bench_micro_batches.py [--quick].
+"""A step on micro-batches compared with one on the whole batch: python benchmarks/bench_micro_batches.py [--quick].
 
 ResNet-20 in float64 on 128 images, as one batch and as 8 micro-batches of 16. For each way of accumulation: how far its
 gradients, loss and stored statistics are from those of the whole batch, the peak of memory above what was there before,
@@ -41,7 +41,7 @@ def main() -> None:
     is_quick = "--quick" in sys.argv
     rows = []
     for way in WAYS:
-        rows.append({"way": way, **_in_own_process(way, 1 if is_quick else 5)})
+        rows.append({"way": way, **_in_own_process(way, 1 if is_quick else 3)})
         print(_told(rows[-1]), flush=True)
     two = _two_layers()
     print("two layers, constant statistics:", ", ".join(f"{name} {wrong:.0%}" for name, wrong in two.items()))

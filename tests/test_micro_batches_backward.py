@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -300,6 +302,30 @@ def test_random_numbers_are_the_same_in_every_run(segments, waits, monkeypatch):
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(model[5].running_var, whole[5].running_var, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_graphs_are_freed(segments):
+    alive = []
+
+    class Marked(Function):
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Marking(Dense):
+        def forward(self, x):
+            return super().forward(Marked.apply(x * self.linear[0].weight[0])).relu()
+
+    bn.step_backward(Marking(), torch.randn(16, 5).split(8), lambda y, _: y.square().sum(), segments=segments)
+    gc.collect()
+    assert len(alive) > 2
+    assert not any(ref() is not None for ref in alive)
 
 
 def test_gradients_of_inputs_and_earlier_gradients_stay():

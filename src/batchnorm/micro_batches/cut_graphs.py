@@ -46,6 +46,12 @@ _AUGMENTED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floor
 _AUGMENTED |= {"__setitem__"}
 
 
+_ABOUT_WRITES = (
+    "step_backward needs tensors as they were in the forward, but {} was modified by an inplace operation. Use an "
+    "operation that is not in place."
+)
+
+
 class UnsuitedError(Exception):
     """A graph cannot be cut in this way; the message says why, as the end of a sentence."""
 
@@ -154,6 +160,7 @@ class CutGraph:
         self._starts: list[int] = []  # of the levels from 0 on: the sequence numbers of their sites' results
         self._gates: dict[int, list[tuple[GradientEdge, Collected]]] = {}  # by level
         self._level_gates: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keeping = _Keeping(first < 0)
         self.cuts: dict[int, Cut] = {}
         self.roots: list[Root] = []
 
@@ -172,7 +179,7 @@ class CutGraph:
             if self._first < 0:
                 yield
                 return
-            with torch.autograd.graph.saved_tensors_hooks(self._keep, _kept):
+            with torch.autograd.graph.saved_tensors_hooks(self._keeping.keep, _kept):
                 yield
 
     def train(
@@ -191,6 +198,7 @@ class CutGraph:
 
     def _cut(self, batch: JoinedBatch) -> Tensor:
         self._level_gates.clear()
+        self._keeping.is_on = self.level + 1 >= self._first
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in batch.tensors):
             self._starts.append(self._starts[-1] if self._starts else self._start)
             return joined_batches.normalize(batch)
@@ -252,9 +260,6 @@ class CutGraph:
         if grad is not None:
             self.roots.append(Root(edge, grad, value))
 
-    def _keep(self, saved: Tensor) -> Tensor | None:
-        return saved if self.level >= self._first else None
-
     # backward
 
     def start(self, loss: Tensor) -> None:
@@ -279,10 +284,7 @@ class CutGraph:
         if cut is None:
             return None
         if cut.versions != [t._version for t in cut.batch.tensors if t is not None]:
-            raise RuntimeError(
-                "step_backward needs the input, gamma, beta and the residual of a batch norm layer in the backward "
-                "pass, but one of them was modified by an inplace operation. Use an operation that is not in place."
-            )
+            raise RuntimeError(_ABOUT_WRITES.format("an input, a parameter or a residual of a batch norm layer"))
         grad = cut.y.take()
         grad = torch.zeros(cut.shape, dtype=cut.batch.x.dtype, device=cut.batch.x.device) if grad is None else grad
         return cut.batch, grad, joined_batches.shares(cut.batch, grad)
@@ -299,6 +301,7 @@ class CutGraph:
         leaves = [root for root in self.roots if root.number == _LEAF]
         if leaves:
             _run_back(leaves)
+        self._level_gates.clear()
         wanted = dict(self._wanted)
         for root in self.roots:
             if root.number != _LEAF:
@@ -326,10 +329,25 @@ def _run_back(roots: list[Root]) -> None:
     torch.autograd.backward([root.edge for root in roots], [root.grad for root in roots], retain_graph=True)
 
 
-def _kept(saved: Tensor | None) -> Tensor:
+@final
+class _Keeping:
+    """Whether tensors are kept for the backward pass. The nodes of a graph own this object, so it must not own them."""
+
+    def __init__(self, is_on: bool) -> None:
+        self.is_on = is_on
+
+    def keep(self, saved: Tensor) -> tuple[Tensor, int] | None:
+        """The tensor and the number of writes to it, or None in their place."""
+        return (saved.detach(), saved._version) if self.is_on else None  # a result with its history would own itself
+
+
+def _kept(saved: tuple[Tensor, int] | None) -> Tensor:
     if saved is None:
         raise UnsuitedError("a part of the backward pass needs tensors of an earlier part")
-    return saved
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(_ABOUT_WRITES.format("a tensor that the backward pass needs"))
+    return tensor
 
 
 def _edge(t: Tensor | None) -> GradientEdge | None:
