@@ -7,7 +7,7 @@ ALL := .venv/.integrations
 # an environment that keeps Python from writing what it compiled would have every run compile all tests anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-recalibration bench-watch acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-micro-batches bench-recalibration bench-watch acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, compared
 
 bench-padding: $(STAMP)  ## what a mask costs a layer (two minutes)
 	$(BIN)/python benchmarks/bench_padding.py
+
+bench-micro-batches: $(STAMP)  ## steps on micro-batches compared with steps on the whole batch (five minutes)
+	$(BIN)/python benchmarks/bench_micro_batches.py
 
 bench-recalibration: $(STAMP)  ## exact statistics compared with torch's update_bn (three minutes)
 	$(BIN)/python benchmarks/bench_recalibration.py
