@@ -282,3 +282,18 @@ def test_rows_of_many_channels_agree_with_the_oracle_by_whatever_kernel():
         bound = oracle.train_rounding(*values, gamma, right, layer.eps, torch.float32)
         oracle.assert_within(y[ghost::512], right.y, bound.y)
         oracle.assert_within(x.grad[ghost::512], right.d_x, bound.d_x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ghost_batch_size": 3}, {"renorm": True}, {"own_weight": 0.3}, {"axis": -1}], ids=str
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_program_compiled_for_any_batch_size_agrees(options, training):
+    """5 and 7 examples are two parts of ghost batches, 6 are one."""
+    layer = made(BatchNorm1d, 3, **options).train(training)
+    other = copy.deepcopy(layer)
+    program = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (6, 5, 7, 9):
+        x = torch.randn(n, 3, 4) if "axis" not in options else torch.randn(n, 4, 3)
+        torch.testing.assert_close(program(x), layer(x))
+    torch.testing.assert_close(other.running_var, layer.running_var)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+import warnings
 
 import numpy as np
+import onnx
 import oracle
 import pytest
 import torch
 from layouts import LAYOUTS
+from onnx.reference import ReferenceEvaluator
 from test_layers import made
 from torch import nn
 
@@ -234,3 +238,17 @@ def test_wrong_weights_say_what_was_expected(weight, error, words):
     with pytest.raises(error, match=words):
         layer.own_weight = weight
     assert layer.own_weight == 0
+
+
+@cases
+@pytest.mark.parametrize("options", [{}, {"own_weight": 0.3}], ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_onnx_program_computes_the_same(cls, shape, options, axis):
+    layer = made(cls, 3, axis=axis, **options).eval()
+    x = torch.randn(shape).movedim(1, axis).contiguous()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(nn.Sequential(layer).eval(), (x,), file, dynamo=False, input_names=["x"])
+    program = ReferenceEvaluator(onnx.load_from_string(file.getvalue()))
+    torch.testing.assert_close(torch.from_numpy(program.run(None, {"x": x.numpy()})[0]), layer(x), rtol=1e-5, atol=1e-5)

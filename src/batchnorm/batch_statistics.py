@@ -159,7 +159,7 @@ def _adjustment(layer: Any, stored: ChannelStatistics | None) -> Adjust | None:
     """How batch renorm changes gamma and beta; None without it. A repetition uses the values of the first forward."""
     if not layer._renorm or stored is None:
         return None
-    limits = (renorm.Renorm() if layer._renorm is True else layer._renorm).limits(layer._counters()[0])
+    limits = (renorm.PAPER if layer._renorm is True else layer._renorm).limits(layer._counters()[0])
     present = tuple(kernels.snapshot(t) for t in (*stored, *limits))
 
     def adjust(parameters: Layer, measured: Measured) -> Layer:

@@ -72,7 +72,7 @@ def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) 
 def least_of(batches: Sequence[Part]) -> float | None:
     """The smallest count of a channel of a ghost batch, as ``least_count``; 0 for an empty batch."""
     counts = [least_count(part.x, part.sample) for part in batches]
-    return None if None in counts else min(counts, default=0)  # type: ignore[type-var] - none is None
+    return None if None in counts else min(counts) if counts else 0  # type: ignore[type-var] - none is None
 
 
 def train(
@@ -112,10 +112,14 @@ def repeated(layer: Layer, times: int) -> Layer:
 
 
 def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` with channels last in memory if ``x`` has them so."""
-    last = x.movedim(1, -1)
-    is_last = x.ndim > 2 and not x.is_contiguous() and last.is_contiguous()
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_last else y
+    """``y`` with channels last in memory if ``x`` has them so, unless torch.jit.trace records it.
+
+    From transposes in a row the exporter to ONNX that traces makes one with a random axis (torch 2.13).
+    """
+    if x.ndim < 3 or x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    is_traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return y if is_traced else y.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def union(found: Sequence[Measured], channels: int) -> Measured:
@@ -135,7 +139,7 @@ def union(found: Sequence[Measured], channels: int) -> Measured:
 def _sections(examples: int, size: int) -> list[tuple[int, int]]:
     """The parts of a batch: their numbers of examples and of ghost batches."""
     ghosts = -(-examples // size)
-    each, larger = divmod(examples, ghosts)  # so many ghost batches have one example more
+    each, larger = examples // ghosts, examples % ghosts  # so many ghost batches have one example more
     found = [(larger * (each + 1), larger), ((ghosts - larger) * each, ghosts - larger)]
     return found if larger else found[1:]
 

@@ -109,6 +109,9 @@ class Renorm:
         return rmax, dmax
 
 
+PAPER = Renorm()  # made here: a compiled program cannot construct it
+
+
 def check_renorm(renorm: object) -> None:
     """Refuse a value of the setting ``renorm`` that is neither a flag nor limits."""
     require_type(
