@@ -239,7 +239,7 @@ WRONG = {
     "complex residual": (
         lambda: BatchNorm1d(3)(torch.randn(4, 3), values((4, 3), torch.complex64)),
         TypeError,
-        "dtype=torch.complex64",
+        "needs a real residual for an input of torch.float32, got torch.complex64",
     ),
     "act": (lambda: BatchNorm1d(3, dtype=torch.complex64, act="relu"), ValueError, "for act, got act='relu'"),
     "act later": (lambda: with_act()(values((4, 3), torch.complex64)), ValueError, "real numbers for act"),
