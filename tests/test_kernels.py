@@ -10,7 +10,8 @@ from layouts import LAYOUTS, channels_last, contiguous, expanded
 from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm import kernels
-from batchnorm.kernels import ChannelStatistics, Layer, Running, reference
+from batchnorm.kernels import ChannelStatistics, Layer, Running, reference, wide_rows
+from batchnorm.kernels.interface import ForwardPass
 
 # forward mode makes torch load formulas of its own that still use the deprecated torch.jit
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -309,3 +310,24 @@ def test_the_update_operator_passes_opcheck(momentum, dtype, models):
     torch.library.opcheck(
         kernels.operators.moved_running, (mean, var, batches, torch.tensor(0), new_mean, new_var, 5, momentum)
     )
+
+
+@pytest.mark.parametrize("channels", [4096, 8192, 8193, 20_000])
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rows_of_many_channels_have_the_bits_of_the_reference_block_by_block(channels, act, with_residual):
+    x, grad, residual = torch.randn(3, 7, channels)
+    residual = residual if with_residual else None
+    layer = Layer(torch.randn(channels), torch.randn(channels), 1e-5, act)
+    results = []
+    for kernel in (wide_rows, reference):
+        y, statistics = kernel.train_forward(x, layer, residual)
+        forward = ForwardPass(x, statistics, layer, residual=residual)
+        sums, g = kernel.sum_gradients(grad, forward)
+        results.append([
+            y, *statistics, *kernel.train_backward(grad, forward), *kernel.measure(x), sums, g,
+            kernel.normalize(x, statistics, layer, residual), kernel.input_gradient(grad, forward, sums / 7, g),
+            kernel.input_gradient(grad, forward, None, g),
+        ])  # fmt: skip
+    for mine, theirs in zip(*results, strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
