@@ -70,7 +70,6 @@ WAYS: dict[str, Callable[[nn.Module, Micro], object]] = {
     "exact": _joined(),
     "exact, 2 segments": _joined(segments=2),
     "exact, 4 segments": _joined(segments=4),
-    "exact, 8 segments": _joined(segments=8),
 }
 
 
@@ -106,7 +105,14 @@ def _measured(way: str, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-    return {**errors, "peak_mb": peak, "seconds": median(seconds), "fastest_seconds": min(seconds), **busy}
+    return {
+        **errors,
+        "peak_mb": peak,
+        "rounds": rounds,
+        "seconds": median(seconds),
+        "fastest_seconds": min(seconds),
+        **busy,
+    }
 
 
 def _errors(model: nn.Module, whole: nn.Module) -> dict[str, float]:

@@ -119,6 +119,13 @@ class Shared(nn.Module):
         return self.layer(self.second(h)) + h
 
 
+def moved(layer):
+    """A layer whose stored statistics are not those of a new layer."""
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
 def plain(*layers):
     return lambda: nn.Sequential(*(layer() for layer in layers))
 
@@ -143,6 +150,17 @@ NETWORKS = {
     ),
     "without statistics": (
         plain(lambda: nn.Linear(5, 4), lambda: BatchNorm1d(4, track_running_stats=False), lambda: nn.Linear(4, 3)),
+        (5,),
+    ),
+    "last axis": (
+        plain(lambda: nn.Linear(5, 4), lambda: BatchNorm1d(4, axis=-1, act="elu"), lambda: nn.Linear(4, 3)), (3, 5)
+    ),
+    "own weight": (plain(lambda: nn.Linear(5, 4), lambda: BatchNorm1d(4, own_weight=0.3)), (5,)),
+    "renorm": (
+        plain(
+            lambda: nn.Linear(5, 4), lambda: moved(BatchNorm1d(4, renorm=bn.Renorm(rmax=1.3, dmax=0.4))),
+            lambda: nn.Linear(4, 4), lambda: moved(BatchNorm1d(4, renorm=bn.Renorm(rmax=3.0, dmax=5.0))),
+        ),
         (5,),
     ),
     "alone": (plain(lambda: nn.Linear(5, 4), lambda: BatchNorm1d(4, single_element="population")), (5,)),
@@ -328,6 +346,21 @@ def test_graphs_are_freed(segments):
     assert not any(ref() is not None for ref in alive)
 
 
+@parts_held
+def test_complex_numbers(segments):
+    def linear(inputs, outputs):
+        return nn.Linear(inputs, outputs, dtype=torch.complex128)
+
+    model = nn.Sequential(linear(3, 4), BatchNorm1d(4, dtype=torch.complex128), linear(4, 2))
+    x, whole = torch.randn(16, 3, dtype=torch.complex128) + 2, copy.deepcopy(model)
+    bn.step_backward(model, x.split([5, 11]), lambda y, _: y.abs().pow(3).mean(), segments=segments)
+    whole(x).abs().pow(3).mean().backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-11, atol=1e-13)
+
+
 def test_gradients_of_inputs_and_earlier_gradients_stay():
     model, x = Shared().double(), torch.randn(16, 5, dtype=D)
     whole = copy.deepcopy(model)
@@ -453,6 +486,18 @@ def test_bad_arguments_are_refused():
         ((Shared().eval(), micros, total), {}, ValueError, r"needs a model in train mode"),
         ((nn.DataParallel(model), micros, total), {}, ValueError, r"without DataParallel.*Pass model.module"),
         ((model, [torch.randn(1, 5)], total), {}, ValueError, r"more than 1 value per channel in a step, got 1 at"),
+        (
+            (BatchNorm1d(5, ghost_batch_size=4), micros, total),
+            {},
+            ValueError,
+            "got ghost_batch_size=4 at ''. Use batchn",
+        ),
+        (
+            (bn.LazyBatchNorm1d(), micros, total),
+            {},
+            ValueError,
+            "got LazyBatchNorm1d at ''. Run the model on one batch",
+        ),
         ((model, [{}], total), {}, TypeError, "needs a batch that holds tensors"),
     ]
     for arguments, options, error, message in wrong:

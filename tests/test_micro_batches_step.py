@@ -93,6 +93,39 @@ def test_a_layer_called_twice_counts_all_values():
     check(layer, before, torch.cat([t for x in parts for t in (x, 2 * x + 1)]), 0.1)
 
 
+def test_complex_values():
+    layer = BatchNorm1d(3, momentum=1.0, dtype=torch.complex128)
+    parts = [torch.randn(size, 3, dtype=torch.complex128) * size for size in (8, 2, 5)]
+    one = copy.deepcopy(layer)
+    stepped(layer, parts)
+    one(torch.cat(parts))
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"renorm": bn.Renorm(rmax=2.0, dmax=1.0)}, {"ghost_batch_size": 4}], ids=str)
+def test_renorm_and_ghost_batches_store_the_union(options):
+    layer = BatchNorm1d(3, **options).double()
+    parts, before = values(8, 12), stored(layer)
+    stepped(layer, parts)
+    check(layer, before, torch.cat(parts), 0.1)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_renorm_is_repeated_as_in_the_first_forward(use_reentrant):
+    layer = BatchNorm1d(3, renorm=bn.Renorm(rmax=2.0, dmax=1.0)).double()
+    plain, x = copy.deepcopy(layer), values(8)[0]
+    gradients = []
+    for each, run in ((plain, plain), (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))):
+        given = x.clone().requires_grad_()
+        y = run(given)
+        each(x * 7 + 3)  # moves the stored statistics before the backward pass
+        y.square().sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+    assert layer.num_batches_tracked == 2
+
+
 def test_layers_that_move_nothing_stay_as_they_are():
     model = nn.ModuleDict(
         {name: BatchNorm1d(3).double() for name in ("used", "unused", "evaluated", "frozen", "ended")}
@@ -243,6 +276,8 @@ def test_bad_input_is_refused():
         pytest.raises(ValueError, match=r"needs a model in train mode.*Call model.train"),
         bn.step(BatchNorm1d(3).eval()),
     ):
+        pass
+    with pytest.raises(ValueError, match=r"got LazyBatchNorm1d at ''. Run the model"), bn.step(bn.LazyBatchNorm1d()):
         pass
     with bn.step(bn.freeze(BatchNorm1d(3))):
         pass

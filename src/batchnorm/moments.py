@@ -297,13 +297,15 @@ class Moments:
 def merged(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and m2 of the values of ``a`` and ``b`` together, from count, mean and m2 of each.
 
-    A side with count 0 leaves the other side's mean and m2 as they are, bit for bit, also if its own are NaN.
+    A side with count 0 leaves the other side's mean and m2 as they are, bit for bit, also if its own are NaN. Means may
+    be complex: m2 is then the sum of |x - mean|^2.
     """
     (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
     count = count_a + count_b
     divisor, delta = torch.where(count == 0, 1, count), mean_b - mean_a
     mean = mean_a + delta * (count_b / divisor)
-    m2 = m2_a + m2_b + delta.square() * (count_a * count_b / divisor)
+    distance = delta.abs().square() if delta.is_complex() else delta.square()
+    m2 = m2_a + m2_b + distance * (count_a * count_b / divisor)
     return (
         count,
         torch.where(count_b == 0, mean_a, torch.where(count_a == 0, mean_b, mean)),

@@ -89,7 +89,7 @@ def _forward_pass(batch: JoinedBatch) -> ForwardPass | None:
     """The pass as the kernels know it; None if they do not compute such a sample."""
     x, sample, layer, residual, measured = batch
     valid = sample.positions(x)
-    if not (sample.is_whole or valid is not None) or not is_plain(*batch.tensors, valid):
+    if not (sample.is_whole or valid is not None) or not is_plain(*batch.tensors, valid) or x.is_complex():
         return None
     return ForwardPass(x, measured.statistics, layer, residual=residual, valid=valid)
 

@@ -15,7 +15,7 @@ from batchnorm.kernels import ChannelStatistics, Measured
 from batchnorm.kernels.choice import is_plain
 from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.reference import exact_dtype
-from batchnorm.moments import unchecked
+from batchnorm.moments import merged
 
 _SCHEMA = "(Tensor(a0!) count, Tensor(a1!) mean, Tensor(a2!) m2, Tensor of_count, Tensor of_mean, Tensor of_var) -> ()"
 
@@ -25,12 +25,14 @@ class AddedMoments:
     """Count, mean and sum of squared deviations of the batches so far, all (C,) and exact.
 
     Args:
-        like: A tensor (C,) on the layer's device.
+        like: A mean (C,), real or complex.
     """
 
     def __init__(self, like: Tensor) -> None:
-        zeros = torch.zeros(like.shape, dtype=exact_dtype(like.device), device=like.device)
-        self._count, self._mean, self._m2 = zeros, torch.full_like(zeros, torch.nan), torch.zeros_like(zeros)
+        exact = exact_dtype(like.device)
+        self._count, self._m2 = (torch.zeros(like.shape, dtype=exact, device=like.device) for _ in range(2))
+        kind = exact.to_complex() if like.is_complex() else exact
+        self._mean = torch.full(like.shape, torch.nan, dtype=kind, device=like.device)
 
     def add(self, measured: Measured) -> None:
         """Add the moments of a batch."""
@@ -47,8 +49,8 @@ class AddedMoments:
 def _add(count: Tensor, mean: Tensor, m2: Tensor, of_count: Tensor, of_mean: Tensor, of_var: Tensor) -> None:
     if is_repeated():
         return
-    total = unchecked(count, mean, m2) + unchecked(of_count, of_mean, of_var * of_count)
-    for tensor, value in ((count, total.count), (mean, total.mean), (m2, total.m2)):
+    total = merged((count, mean, m2), (of_count, of_mean, of_var * of_count))
+    for tensor, value in zip((count, mean, m2), total, strict=True):
         tensor.copy_(value)
 
 

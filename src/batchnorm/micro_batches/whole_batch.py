@@ -27,7 +27,7 @@ from batchnorm.micro_batches.cut_graphs import UnsuitedError
 from batchnorm.micro_batches.exact_gradient import LossOf, exact_backward
 from batchnorm.micro_batches.joined_layers import JoinedModel, StepMoments
 from batchnorm.micro_batches.step_totals import RandomStarts, measure_step
-from batchnorm.micro_batches.whole_step import Attached, require_train_mode, stored_by
+from batchnorm.micro_batches.whole_step import Attached, require_channels, require_train_mode, stored_by
 from batchnorm.population.batches import call, require_examples
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.tensor_trees import examples_in
@@ -80,8 +80,9 @@ def step_backward(
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If there is no micro-batch, or an argument is out of range; if the model is in eval mode, is wrapped
-            for several devices, or has batch norm layers of others or none; if a loss is no scalar; if some channel has
-            fewer than 2 values in the whole step; or if micro-batches run through different layers.
+            for several devices, or has no batch norm layer, or one of others, with ghost batches, or lazy that has not
+            run; if a loss is no scalar; if some channel has fewer than 2 values in the whole step; or if micro-batches
+            run through different layers.
         RuntimeError: If the model is inside ``step``, or recomputes in the backward pass.
 
         After an exception, gradients and stored statistics are as before.
@@ -103,6 +104,8 @@ def step_backward(
     parts = _as_list(micros)
     layers = require_ours(unwrapped(model), "step_backward")
     require_train_mode(layers, "step_backward")
+    require_channels(layers, "step_backward")
+    _require_whole_batches(layers)
     loss_of = _weighted(loss, parts, reduction)
     joined = JoinedModel(unwrapped(model), layers, parts, forward or call)
     attached = Attached(layers, joined.parts)
@@ -184,6 +187,17 @@ def _kept_gradients(model: nn.Module) -> Iterator[None]:
         for p, grad in before:
             p.grad = grad
         raise
+
+
+def _require_whole_batches(layers: Mapping[str, Any]) -> None:
+    """Refuse ghost batches, which are not normalized together."""
+    for path, layer in layers.items():
+        if layer._ghost_batch_size is not None:
+            raise ValueError(
+                "step_backward needs layers that normalize whole batches, got ghost_batch_size="
+                f"{layer._ghost_batch_size} at {path!r}. Use batchnorm.step: the gradients of ghost batches within a "
+                "micro-batch do not depend on others."
+            )
 
 
 def _as_list(micros: Iterable[Batch]) -> list[Batch]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm import kernels
 from batchnorm.argument_types import require_module
@@ -42,8 +43,8 @@ def step(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If the model has no batch norm layer, or one that is not of this package, or only layers in eval
-            mode that are not frozen.
+        ValueError: If the model has no batch norm layer, or one that is not of this package, or a lazy layer that has
+            not run, or only layers in eval mode that are not frozen.
         RuntimeError: If the model is already inside such a block.
 
     Example:
@@ -72,6 +73,7 @@ class OpenStep:
 
     def __init__(self, model: nn.Module) -> None:
         layers = require_ours(model, "step")
+        require_channels(layers, "step")
         self._parts = {path: _LayerStep(each) for path, each in layers.items() if has_stored_statistics(each)}
         self._attached = Attached(layers, self._parts)
 
@@ -111,6 +113,16 @@ class Attached:
         for layer in layers:
             vars(layer).pop("_step", None)
         return bool(layers)
+
+
+def require_channels(layers: Mapping[str, nn.Module], who: str) -> None:
+    """Refuse lazy layers that do not know their number of channels yet."""
+    for path, layer in layers.items():
+        if any(map(is_lazy, (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))):
+            raise ValueError(
+                f"{who} needs layers that know their number of channels, got {type(layer).__name__} at {path!r}. Run "
+                "the model on one batch first."
+            )
 
 
 def require_train_mode(layers: Mapping[str, nn.Module], who: str) -> None:
