@@ -813,6 +813,34 @@ def second_derivatives_equal_one_process() -> object:
     return distances
 
 
+@check(2, 3)
+def step_backward_joins_the_micro_batches_of_all_ranks() -> object:
+    parts = [batches(sizes(*of_ranks), seed=i) for i, of_ranks in enumerate(([3, 5, 2], [2, 0, 4], [4, 1, 3]))]
+    torch.manual_seed(0)
+    inner = nn.Linear(C, C).double()
+    found = []
+    for segments in (1, 2):
+        model = nn.Sequential(layer(), copy.deepcopy(inner), layer(), nn.SiLU())
+        alone = copy.deepcopy(model)
+        alone[0].sync = alone[2].sync = False
+        micros = [xs[rank()] for xs in parts[: 3 - rank() % 2]]  # the second rank has one micro-batch less
+        bn.step_backward(model, micros, lambda y, _: y.pow(3).sum(), reduction="sum", segments=segments)
+        values = [x for r in range(world()) for x in (xs[r] for xs in parts[: 3 - r % 2])]
+        alone(torch.cat(values)).pow(3).sum().backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        pairs = zip(model.parameters(), alone.parameters(), strict=True)
+        scale = max(float(p.grad.abs().max()) for p in alone.parameters())
+        found.append(max(float((p.grad - q.grad).abs().max()) / scale for p, q in pairs))
+        assert found[-1] < 1e-9
+        require_same_bits(model)
+        torch.testing.assert_close(model[2].running_var, alone[2].running_var, rtol=1e-9, atol=0)
+    single = [torch.randn(1, C, dtype=torch.float64)] if rank() == 0 else [torch.empty(0, C, dtype=torch.float64)]
+    text = message(ValueError, bn.step_backward, layer(), single, lambda y, _: y.sum(), reduction="sum")
+    assert "more than 1 value per channel in a step, got 1" in text
+    return found
+
+
 @check(2)
 def the_log_and_profiles_name_the_layer() -> None:
     records: list[logging.LogRecord] = []

@@ -66,8 +66,10 @@ def _pass_site(joined: JoinedModel, graphs: Sequence[CutGraph], level: int) -> N
     sums = [share[2][0] for share in shares if share is not None]
     if not sums:
         return
-    total, group = torch.stack(sums).sum(0), joined.sites[level].group
-    total = total if group is None else group.total(total)
+    group = joined.sites[level].group
+    with torch.no_grad():
+        total = torch.stack(sums).sum(0)
+        total = total if group is None else group.total(total)
     for graph, share in zip(graphs, shares, strict=True):
         if share is not None:
             batch, grad, (_, kept) = share

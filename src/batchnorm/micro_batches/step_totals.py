@@ -23,6 +23,7 @@ from batchnorm.population.observation import EndForward
 from batchnorm.population.state_shield import random_state, random_states
 from batchnorm.population.stored_statistics import put
 from batchnorm.population.torch_modes import Modes, shared_settings
+from batchnorm.processes.exchange import TooFewValuesError
 
 if TYPE_CHECKING:
     from batchnorm.kernels import Measured
@@ -84,7 +85,10 @@ def _sum_of(site: Site, parts: list[Measured | None]) -> Measured:
     moments = AddedMoments(parts[0].statistics.mean)  # type: ignore[union-attr] - none is None
     for part in parts:
         moments.add(part)  # type: ignore[arg-type]
-    total = moments.measured if site.group is None else site.group.union(moments.measured)
+    try:
+        total = moments.measured if site.group is None else site.group.union(moments.measured)
+    except TooFewValuesError as few:
+        total = few.measured
     _require_values(site, total.count)
     return total
 
