@@ -153,7 +153,8 @@ class LayerSettings(nn.Module):
         """Note whether batches need the path of ``batch_statistics``: by a setting, or because they are complex."""
         composing = (name for name, rule in RULES.items() if rule.is_composed)
         is_set = any(getattr(self, f"_{name}") != RULES[name].default for name in composing)
-        vars(self)["_is_composed"] = is_set or is_complex(self)
+        if self._is_composed != (is_composed := is_set or is_complex(self)):
+            vars(self)["_is_composed"] = is_composed
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes for a copy or a pickle, in which a process group is stored by its name."""
