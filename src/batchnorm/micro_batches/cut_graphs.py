@@ -73,22 +73,6 @@ class Collected:
         return grad
 
 
-class _Renewed(Function):
-    """A tensor that starts anew, in place: its gradient is collected."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: Tensor, value: Tensor, collected: Collected) -> Tensor:
-        """The same tensor, which must have no history."""
-        ctx.collected = collected
-        ctx.mark_dirty(value)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyrefly: ignore
-        ctx.collected.add(grad)
-        return None, None, None
-
-
 class _Source(Function):
     """A new tensor whose gradient is collected."""
 
@@ -102,6 +86,17 @@ class _Source(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # pyrefly: ignore
         ctx.collected.add(grad)
         return None, None, None
+
+
+class _Renewed(_Source):
+    """A tensor that starts anew, in place: its gradient is collected."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, value: Tensor, collected: Collected) -> Tensor:  # pyrefly: ignore
+        """The same tensor, which must have no history."""
+        ctx.collected = collected
+        ctx.mark_dirty(value)
+        return value
 
 
 @final
