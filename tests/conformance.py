@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import step
+from batchnorm import step, step_backward
 from batchnorm.kernels import choice
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.reference import wide_dtype
@@ -75,12 +75,14 @@ class Option:
         settings: Arguments of the class.
         arguments: Further arguments of a call, from its input.
         least_axes: Least number of axes of an input.
+        dtypes: Types of inputs and layers, the widest first.
         normalized: Called with the layer, x and the counts in float64, in place of ``by_moments``.
     """
 
     settings: Keywords = field(default_factory=dict)
     arguments: Callable[[Tensor], Keywords] = lambda x: {}
     least_axes: int = 2
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     normalized: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
 
@@ -92,21 +94,26 @@ def expected(option: Option, layer: nn.Module, x: Tensor, arguments: Keywords) -
         (mean, var), total, m = moments(x, counts), counts.expand_as(x).sum(others(x)), layer.momentum
         after = stored[0] * (1 - m) + m * mean, stored[1] * (1 - m) + m * var * total / (total - 1)
     p = (option.normalized or by_moments)(layer, x, counts)
-    p = p * along(layer.weight.double(), x) + along(layer.bias.double(), x)
+    p = p * along(wide(layer.weight), x) + along(wide(layer.bias), x)
     y = activate(p + arguments.get("residual", 0), layer.act, layer.act_param)
     is_padding = padding_in(x, arguments) if layer.padding == "zero" else None
     return (y if is_padding is None else torch.where(is_padding, 0, y)), *(t.detach() for t in after)
 
 
 def stored_in(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    return layer.running_mean.double(), layer.running_var.double()
+    return wide(layer.running_mean), layer.running_var.double()
+
+
+def wide(t: Tensor) -> Tensor:
+    """A tensor in float64 or complex128."""
+    return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
 def moments(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, if each value counts as ``counts`` values."""
     total = counts.expand_as(x).sum(others(x))
     mean = (counts * x).sum(others(x)) / total
-    return mean, (counts * (x - along(mean, x)) ** 2).sum(others(x)) / total
+    return mean, (counts * (x - along(mean, x)).abs() ** 2).sum(others(x)) / total
 
 
 def by_moments(layer: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
@@ -192,6 +199,7 @@ OPTIONS: dict[str, Option] = {
     "renorm": Option({"renorm": Renorm(RMAX, DMAX)}, normalized=by_renorm),
     "ghost_batch_size": Option({"ghost_batch_size": GHOST}, normalized=by_ghost_batches),
     "own_weight": Option({"own_weight": OWN}, normalized=by_own_weight),
+    "complex": Option(dtypes=(torch.complex128, torch.complex64)),
 }
 
 
@@ -215,24 +223,24 @@ def inputs_of(option: Option) -> list[tuple[type, tuple[int, ...]]]:
     return [(kind, shape) for kind, shape in SHAPES.values() if len(shape) >= option.least_axes]
 
 
-def made(option: Option, kind: type, dtype: torch.dtype = torch.float64, *, training: bool = True) -> nn.Module:
+def made(option: Option, kind: type, dtype: torch.dtype | None = None, *, training: bool = True) -> nn.Module:
     """A layer with parameters and stored statistics that are not at their initial values."""
-    layer = kind(C, dtype=dtype, **option.settings).train(training)
+    layer = kind(C, dtype=dtype or option.dtypes[0], **option.settings).train(training)
     with torch.no_grad():
         for t, low, high in (
             (layer.weight, 0.5, 2), (layer.bias, -1, 1), (layer.running_mean, 1, 3), (layer.running_var, 2, 6),
         ):  # fmt: skip
-            t.copy_(torch.linspace(low, high, C))
+            t.copy_(torch.linspace(low, high, C) * (1 + 0.5j if t.is_complex() else 1))
     return layer
 
 
-def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    return (2 + 2 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+def batch(option: Option, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return (2 + 2 * torch.randn(shape, dtype=option.dtypes[0])).to(dtype or option.dtypes[0])
 
 
 def right(option: Option, layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in arguments.items() if torch.is_tensor(t)}
-    return expected(option, layer, x.double(), arguments | wide)
+    exact = {name: wide(t) for name, t in arguments.items() if torch.is_tensor(t) and t.is_floating_point()}
+    return expected(option, layer, wide(x), arguments | exact)
 
 
 def close(found: Tensor, value: Tensor, dtype: torch.dtype) -> None:
@@ -240,41 +248,41 @@ def close(found: Tensor, value: Tensor, dtype: torch.dtype) -> None:
     size = value.detach().abs().max() + 8  # gamma z and beta are below 8
     u = 64 * torch.finfo(wide_dtype(dtype)).eps + 2 * torch.finfo(dtype).eps
     assert found.shape == value.shape
-    assert (found.double() - value.double()).abs().max() <= u * size
+    assert (wide(found) - wide(value)).abs().max() <= u * size
 
 
 # --- properties -------------------------------------------------------------------------------------------
 
 
-def agrees_with_the_formula(option: Option, *, training: bool, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+def agrees_with_the_formula(option: Option, *, training: bool, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
     for kind, shape in inputs_of(option):
-        for dtype in dtypes:
-            layer, x = made(option, kind, dtype, training=training), batch(shape, dtype)
+        for dtype in dtypes or option.dtypes:
+            layer, x = made(option, kind, dtype, training=training), batch(option, shape, dtype)
             check(option, layer, x, x)
 
 
 def check(option: Option, layer: nn.Module, x: Tensor, given: Tensor) -> None:
     """Result, gradients and stored statistics of a layer on ``given``, whose values are those of ``x``."""
     arguments = option.arguments(x)
-    twin, exact = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    twin, exact = copy.deepcopy(layer).to(option.dtypes[0]), wide(x.detach()).clone().requires_grad_()
     value, *after = right(option, twin, exact, arguments)
     grad = torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype)
     leaf = given.detach().requires_grad_()
     y = Call(layer, arguments)(leaf.clone(memory_format=torch.preserve_format) if layer.memory else leaf)
     assert y.dtype == x.dtype
     close(y, value, x.dtype)
-    wanted = torch.autograd.grad(value, (exact, twin.weight, twin.bias), grad.double())
+    wanted = torch.autograd.grad(value, (exact, twin.weight, twin.bias), wide(grad))
     found = torch.autograd.grad(y, (leaf, layer.weight, layer.bias), grad)
     for mine, theirs in zip(found, wanted, strict=True):
         close(mine, theirs, x.dtype)
     for stored, theirs in zip((layer.running_mean, layer.running_var), after, strict=True):
-        close(stored, theirs, torch.float32 if x.dtype != torch.float64 else x.dtype)
+        close(stored, theirs, x.dtype if x.dtype in {torch.float64, torch.complex128} else torch.float32)
 
 
 def any_layout(option: Option) -> None:
     for kind, shape in inputs_of(option):
         for layout in LAYOUTS:
-            given, layer = layout(batch(shape)), made(option, kind)
+            given, layer = layout(batch(option, shape)), made(option, kind)
             layer.eps = 1.0  # the variance of an expanded tensor may be 0
             check(option, layer, given, given)
 
@@ -283,20 +291,20 @@ def empty_batches_change_nothing(option: Option) -> None:
     for kind, shape in inputs_of(option):
         layer = made(option, kind)
         before = copy.deepcopy(layer.state_dict())
-        x = torch.zeros(0, *shape[1:], dtype=torch.float64, requires_grad=True)
+        x = torch.zeros(0, *shape[1:], dtype=option.dtypes[0], requires_grad=True)
         y = Call(layer, option.arguments(x.detach()))(x)
-        y.sum().backward()
+        y.abs().sum().backward()
         assert y.shape == x.grad.shape == x.shape
         assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
 
 
 def autocast_leaves_types_alone(option: Option) -> None:
     for kind, shape in inputs_of(option):
-        x = batch(shape, torch.float32)
+        x = batch(option, shape, option.dtypes[1])
         results = []
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                results.append(Call(made(option, kind, torch.float32), option.arguments(x))(x.clone()))
+                results.append(Call(made(option, kind, x.dtype), option.arguments(x))(x.clone()))
         assert torch.equal(*results)
 
 
@@ -306,7 +314,7 @@ def kernels_agree(option: Option) -> None:
     try:
         choice._FORCED = "reference"
         for training in (True, False):
-            agrees_with_the_formula(option, training=training, dtypes=DTYPES[1:2])
+            agrees_with_the_formula(option, training=training, dtypes=option.dtypes[1:2])
     finally:
         choice._FORCED = before
 
@@ -315,7 +323,11 @@ def compiles_whole(option: Option) -> None:
     for kind, shape in inputs_of(option)[1:2]:
         for training in (True, False):
             torch.compiler.reset()
-            layer, twin, x = made(option, kind, training=training), made(option, kind, training=training), batch(shape)
+            layer, twin, x = (
+                made(option, kind, training=training),
+                made(option, kind, training=training),
+                batch(option, shape),
+            )
             run = torch.compile(Call(layer, option.arguments(x)), fullgraph=True, backend="aot_eager")
             same_step(run, layer, Call(twin, option.arguments(x)), x)
 
@@ -324,7 +336,7 @@ def same_step(run: Callable[[Tensor], Tensor], layer: nn.Module, twin: Call, x: 
     """A forward and backward pass of ``run``, which calls the layer, and of its twin give the same."""
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     for leaf, call in zip(leaves, (run, twin), strict=True):
-        call(leaf).square().sum().backward()
+        call(leaf).abs().square().sum().backward()
     close(leaves[0].grad, leaves[1].grad, x.dtype)
     for mine, theirs in zip(layer.state_dict().values(), twin.layer.state_dict().values(), strict=True):
         close(mine, theirs, x.dtype)
@@ -334,7 +346,7 @@ def exports(option: Option) -> None:
     """torch.export in both modes: the train program moves the statistics with the layer's momentum and eps."""
     for kind, shape in inputs_of(option)[1:2]:
         for training in (True, False):
-            x = batch(shape)
+            x = batch(option, shape)
             call, twin = (Call(made(option, kind, training=training), option.arguments(x)) for _ in range(2))
             program = torch.export.export(call.train(training), (x,)).module()
             close(program(x), twin(x.clone()), x.dtype)
@@ -347,8 +359,8 @@ def runs_in_onnx(option: Option) -> None:
     import onnxruntime
 
     for kind, shape in inputs_of(option)[1:2]:
-        x = batch(shape, torch.float32)
-        layer, arguments = made(option, kind, torch.float32, training=False), option.arguments(x)
+        x = batch(option, shape, option.dtypes[1])
+        layer, arguments = made(option, kind, x.dtype, training=False), option.arguments(x)
         tensors = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
         call = Call(layer, arguments).eval()
         file, names = io.BytesIO(), ["x", *tensors]
@@ -364,7 +376,7 @@ def is_vectorized(option: Option) -> None:
     """vmap over two models gives the results of each, in both modes."""
     for kind, shape in inputs_of(option)[1:2]:
         for training in (True, False):
-            x = batch(shape)
+            x = batch(option, shape)
             calls = [Call(made(option, kind, training=training), option.arguments(x)) for _ in range(2)]
             with torch.no_grad():
                 calls[1].layer.weight.mul_(2)
@@ -377,15 +389,15 @@ def is_vectorized(option: Option) -> None:
 
 def has_functional_gradients(option: Option) -> None:
     kind, shape = inputs_of(option)[1]
-    x = batch(shape)
+    x = batch(option, shape)
     call, twin = (Call(made(option, kind), option.arguments(x)) for _ in range(2))
     leaf = x.clone().requires_grad_()
-    twin(leaf).square().sum().backward()
-    close(torch.func.grad(lambda x: call(x).square().sum())(x), leaf.grad, x.dtype)
+    twin(leaf).abs().square().sum().backward()
+    close(torch.func.grad(lambda x: call(x).abs().square().sum())(x), leaf.grad, x.dtype)
 
 
 def has_second_derivatives(option: Option) -> None:
-    layer, x = made(option, BatchNorm1d), batch((4, C, 3)).requires_grad_()
+    layer, x = made(option, BatchNorm1d), batch(option, (4, C, 3)).requires_grad_()
     layer.running_mean.fill_(100)  # so far away that all corrections of renorm are at their limits, and constant
     layer.running_var.fill_(0.01)
     layer.momentum = 0.0
@@ -393,9 +405,27 @@ def has_second_derivatives(option: Option) -> None:
     assert torch.autograd.gradgradcheck(lambda x: call(x * 1), (x,))
 
 
+def a_whole_step_is_one_batch(option: Option) -> None:
+    """step_backward on two micro-batches: gradients and stored statistics of one batch of all their values."""
+    for kind, shape in inputs_of(option):
+        layer, twin, x = made(option, kind), made(option, kind), batch(option, (2 * shape[0], *shape[1:]))
+        micros = x.chunk(2)
+        parts = [option.arguments(micro) for micro in micros]
+        joined = {k: torch.cat([p[k] for p in parts]) if torch.is_tensor(v) else v for k, v in parts[0].items()}
+        step_backward(
+            Call(layer, {}), micros, lambda y, _: y.abs().pow(3).sum(), reduction="sum",
+            forward=lambda model, micro: Call(model.layer, option.arguments(micro))(micro),
+        )  # fmt: skip
+        Call(twin, joined)(x).abs().pow(3).sum().backward()
+        for found, value in ((layer.weight, twin.weight), (layer.bias, twin.bias)):
+            close(found.grad, value.grad, x.dtype)
+        for name, value in twin.state_dict().items():
+            close(layer.state_dict()[name], value, x.dtype)
+
+
 def copies_are_the_same(option: Option) -> None:
     for kind, shape in inputs_of(option):
-        layer, x = made(option, kind), batch(shape)
+        layer, x = made(option, kind), batch(option, shape)
         copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
         y = Call(layer, option.arguments(x))(x.clone())
         for other in copies:
@@ -407,7 +437,7 @@ def state_is_torchs(option: Option) -> None:
     """The five keys of torch.nn's layer, which loads the state, and whose state loads."""
     for kind, _ in inputs_of(option):
         layer = made(option, kind)
-        theirs = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn"))(C, dtype=torch.float64)
+        theirs = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn"))(C, dtype=option.dtypes[0])
         assert list(layer.state_dict()) == list(theirs.state_dict())
         theirs.load_state_dict(layer.state_dict())
         layer.load_state_dict(theirs.state_dict())
@@ -416,7 +446,7 @@ def state_is_torchs(option: Option) -> None:
 def recomputation_stores_nothing(option: Option) -> None:
     for kind, shape in inputs_of(option):
         for reentrant in (True, False):
-            x = batch(shape)
+            x = batch(option, shape)
             call, twin = (Call(made(option, kind), option.arguments(x)) for _ in range(2))
             same_step(partial(checkpoint, call, use_reentrant=reentrant), call.layer, twin, x)
 
@@ -424,11 +454,12 @@ def recomputation_stores_nothing(option: Option) -> None:
 def a_step_stores_the_union(option: Option) -> None:
     """Two micro-batches in bn.step: the stored statistics are those of one batch of all their values."""
     for kind, shape in inputs_of(option):
-        layer, x = made(option, kind), batch((2 * shape[0], *shape[1:]))
+        layer, x = made(option, kind), batch(option, (2 * shape[0], *shape[1:]))
         micros = x.chunk(2)
-        one = made(OPTIONS["plain"], kind)
+        plain = Option(dtypes=option.dtypes)
+        one = made(plain, kind)
         one.momentum, joined = layer.momentum, [counts_of(micro, option.arguments(micro)) for micro in micros]
-        _, *after = expected(OPTIONS["plain"], one, x, {"counts": torch.cat([c.expand_as(micros[0]) for c in joined])})
+        _, *after = expected(plain, one, x, {"counts": torch.cat([c.expand_as(micros[0]) for c in joined])})
         with step(layer):
             for micro in micros:
                 Call(layer, option.arguments(micro))(micro)
@@ -452,6 +483,7 @@ PROPERTIES: dict[str, Callable[[Option], None]] = {
     "second derivatives": has_second_derivatives,
     "activation checkpointing, reentrant or not": recomputation_stores_nothing,
     "micro-batches in bn.step": a_step_stores_the_union,
+    "micro-batches in bn.step_backward": a_whole_step_is_one_batch,
     "copies and pickles": copies_are_the_same,
     "state_dict of torch.nn": state_is_torchs,
 }
@@ -467,6 +499,16 @@ class Exempt:
 
 
 EXCEPTIONS: dict[tuple[str, str], Exempt] = {
+    ("micro-batches in bn.step_backward", "ghost_batch_size"): Exempt(
+        ValueError, "needs layers that normalize whole batches",
+        "Ghost batches are parts of a micro-batch, so a step has nothing to join. Use `bn.step`.",
+    ),
+    ("ONNX (opset 17, eval) in onnxruntime", "complex"): Exempt(
+        RuntimeError, "unexpected tensor scalar type", "ONNX has no operators on complex numbers."
+    ),
+    ("state_dict of torch.nn", "complex"): Exempt(
+        RuntimeError, "Casting complex values", "torch.nn's layers have no complex statistics."
+    ),
     ("second derivatives", 'memory="save"'): Exempt(
         RuntimeError, "wrote the result over the input",
         "The result was written over the input, which second derivatives need. Set `memory=None`.",

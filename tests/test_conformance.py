@@ -10,7 +10,9 @@ import pytest
 from conformance import EXCEPTIONS, OPTIONS, PROPERTIES
 from test_layers_tools import OTHERS_WARNINGS
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{warning}") for warning in OTHERS_WARNINGS]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (*OTHERS_WARNINGS, "Complex modules:UserWarning")
+]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
