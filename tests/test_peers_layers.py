@@ -7,15 +7,19 @@ are computed from their formulas.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from batchnorm import other_frameworks
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 from batchnorm.population.freezing import Frozen
 from batchnorm.surgery.conversion import convert
@@ -215,9 +219,88 @@ def test_an_activation_of_a_subclass_is_not_lost():
     ours.register_forward_hook(lambda *_: hooked.append(1))
     theirs = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(copy.deepcopy(ours)))
     x = torch.randn(4, 3, 2, 2)
-    mine = convert(nn.Sequential(ours))
+    mine = convert(nn.Sequential(ours), sync=True)
     assert not theirs[0]._forward_hooks
     mine(x)
     assert hooked == [1]
     assert (mine(x) >= 0).all()
     assert (theirs.eval()(x) < 0).any()
+
+
+def test_complex_inputs_and_channels_on_the_last_axis():
+    z = torch.complex(torch.randn(16, 3), torch.randn(16, 3))
+    with pytest.raises(RuntimeError):
+        nn.BatchNorm1d(3)(z)
+    y = BatchNorm1d(3, dtype=torch.complex64)(z)
+    assert error(y.abs().square().mean(0), torch.ones(3)) < 1e-4
+    rows = torch.randn(4, 5, 3)  # (N, L, C)
+    with pytest.raises(RuntimeError):
+        nn.BatchNorm1d(3)(rows)
+    right = nn.BatchNorm1d(3)(rows.transpose(1, 2)).transpose(1, 2)
+    assert error(BatchNorm1d(3, axis=-1)(rows), right) < 1e-5
+
+
+def test_activation_checkpointing_counts_a_batch_once():
+    counts = []
+    for kind in (nn.BatchNorm1d, BatchNorm1d):
+        layer, x = kind(3), torch.randn(8, 3, requires_grad=True)
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        counts.append(int(layer.num_batches_tracked))
+    assert counts == [2, 1]
+
+
+def test_a_mean_of_variances_is_not_the_variance_of_ranks_with_different_means():
+    """timm's distribute_bn(reduce=True): ranks with means 0 and 6."""
+    ranks = [6 * i + torch.randn(4000, 1, dtype=torch.float64) for i in range(2)]
+    layers = [nn.BatchNorm1d(1, momentum=1.0).double() for _ in ranks]
+    for layer, x in zip(layers, ranks, strict=True):
+        layer(x)
+    right = torch.cat(ranks).var(0)
+    theirs = sum(layer.running_var for layer in layers) / 2
+    ours = bn.merge_statistics(layers, counts=[4000, 4000])["running_var"]
+    assert theirs.item() < 0.15 * right.item()
+    assert error(ours, right) < 1e-12 * right.item()
+
+
+def test_the_first_batches_do_not_inflate_the_stored_variance():
+    """equinox's formula divides m + (1 - m) var by 1 - m^count: 103 for a true variance of 4 and m = 0.99."""
+    x, m = 2 * torch.randn(100_000, 1), 0.99
+    theirs = ((m * 1 + (1 - m) * x.var()) / (1 - m)).item()
+    layer = BatchNorm1d(1, momentum=1 - m)
+    layer(x)
+    assert theirs > 100
+    assert 1 < layer.running_var.item() < 4
+
+
+def test_a_layer_used_at_two_sites_is_named_by_the_doctor():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(3, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(5 * self.second(self.norm(self.first(x))) + 10)
+
+    found = bn.examine(Twice(), list(torch.randn(4, 16, 3))).findings
+    assert any(("norm" in finding.layer and "twice" in f"{finding}") or "2 " in f"{finding}" for finding in found)
+
+
+@pytest.mark.parametrize(("value", "code"), [(-1.0, "BN103"), (0.0, "BN105")])
+def test_stored_variances_that_break_eval_mode_are_named_by_the_doctor(value, code):
+    """torch.nn's layer gives NaN for a negative variance, and multiplies by 316 for 0, without a word."""
+    layer = nn.BatchNorm1d(2)
+    layer.running_var[0] = value
+    y = layer.eval()(torch.ones(1, 2))[0, 0]
+    assert torch.isnan(y) if value < 0 else y > 300
+    layer.num_batches_tracked.fill_(100)
+    assert code in {finding.code for finding in bn.examine(nn.Sequential(layer)).findings}
+
+
+def test_the_epsilon_of_keras_is_imported():
+    """Left at torch's 1e-5, a layer of Keras with variance 1e-4 and eps 1e-3 has a third of its scale."""
+    config = {"name": "bn", "axis": -1, "momentum": 0.99, "epsilon": 1e-3, "center": False, "scale": False}
+    state = other_frameworks.read((config, [np.zeros(1, "f4"), np.full(1, 1e-4, "f4")]))["bn"]
+    x = torch.full((1, 1), 0.01)
+    right, wrong = 0.01 / math.sqrt(1e-4 + 1e-3), 0.01 / math.sqrt(1e-4 + 1e-5)
+    assert abs(state.layer(1).eval()(x).item() - right) < 1e-6
+    assert abs(right / wrong - 0.3) < 0.02
