@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from batchnorm.other_frameworks import load, read, states_of
-from batchnorm.other_frameworks.keras_files import Part
+from batchnorm.other_frameworks.keras_files import FilePart
 
 # written by Keras 3.15 (model.save, save_weights): a convolution, then four layers, of which one is in an inner model
 FILES = Path(__file__).parent / "keras_files"
@@ -240,7 +240,7 @@ def test_without_pyfive_the_error_says_what_to_install(monkeypatch):
 
 
 def test_a_part_of_a_file_ends_where_it_ends():
-    part = Part(io.BytesIO(b"0123456789"), 2, 5)
+    part = FilePart(io.BytesIO(b"0123456789"), 2, 5)
     assert (part.read(3), part.tell(), part.read(), part.read(1)) == (b"234", 3, b"56", b"")
     assert (part.seek(-2, 2), part.read(9), part.seek(9), part.read()) == (3, b"56", 9, b"")
     with pytest.raises(ValueError, match="inside of the file"):

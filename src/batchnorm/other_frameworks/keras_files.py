@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, final
 
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError, brief
+from batchnorm.other_frameworks.arrays_of_layer import state_of_weights
 from batchnorm.other_frameworks.layer_state import LayerState
 from batchnorm.other_frameworks.naming import KERAS, KERAS_CLASSES, STATISTICS
-from batchnorm.other_frameworks.reading import of_weights
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
@@ -77,12 +77,12 @@ def _pyfive() -> Any:
 
 
 @contextmanager
-def _hdf5(file: BinaryIO) -> Iterator[tuple[Part, Any]]:
+def _hdf5(file: BinaryIO) -> Iterator[tuple[FilePart, Any]]:
     """The HDF5 bytes in a file, and the configuration beside them; None if there is none."""
     head = file.read(8)
     size = file.seek(0, os.SEEK_END)
     if head == _HDF5:
-        yield Part(file, 0, size), None
+        yield FilePart(file, 0, size), None
     elif head.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(file) as archive:
             yield _member(archive, file), _json(_config(archive))
@@ -90,7 +90,7 @@ def _hdf5(file: BinaryIO) -> Iterator[tuple[Part, Any]]:
         raise RefusalError(_KINDS, "a file of another format", "Save the model in Keras: model.save('model.keras').")
 
 
-def _member(archive: zipfile.ZipFile, file: BinaryIO) -> Part:
+def _member(archive: zipfile.ZipFile, file: BinaryIO) -> FilePart:
     """The weights in a .keras file, without a copy of them."""
     try:
         info = archive.getinfo(_WEIGHTS)
@@ -101,7 +101,7 @@ def _member(archive: zipfile.ZipFile, file: BinaryIO) -> Part:
     file.seek(info.header_offset)
     header = file.read(30)
     start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return Part(file, start, info.file_size)
+    return FilePart(file, start, info.file_size)
 
 
 def _config(archive: zipfile.ZipFile) -> bytes:
@@ -118,7 +118,7 @@ def _json(text: bytes | str) -> Any:
 
 
 @final
-class Part(io.RawIOBase):
+class FilePart(io.RawIOBase):
     """A part of an open file as a file of its own, without a name: nobody can open another file by it."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
@@ -166,7 +166,7 @@ def _states(layers: list[tuple[str, str, Any]], configs: Mapping[str, Config]) -
     short = Counter(name for name, *_ in layers)
     ordered = sorted(layers, key=lambda layer: _place(layer[0], configs))
     return [
-        replace(of_weights(name, weights, configs.get(name, {})), name=name if short[name] == 1 else path)
+        replace(state_of_weights(name, weights, configs.get(name, {})), name=name if short[name] == 1 else path)
         for name, path, weights in ordered
     ]
 

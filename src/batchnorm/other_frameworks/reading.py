@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from batchnorm.argument_types import kind_of, require_number
+from batchnorm.other_frameworks.arrays_of_layer import state_of_arrays, state_of_weights
+from batchnorm.other_frameworks.keras_files import states_in
 from batchnorm.other_frameworks.layer_state import LayerState, by_natural_order
 from batchnorm.other_frameworks.naming import FLAX, FRAMEWORKS, KERAS, STATISTICS, TENSORS, Framework
 
@@ -67,8 +69,6 @@ def _completed(state: LayerState, eps: float | None, momentum: float | None) -> 
 
 def _states(source: Any) -> Iterator[LayerState]:
     if isinstance(source, str | os.PathLike):
-        from batchnorm.other_frameworks.keras_files import states_in
-
         yield from states_in(source)
     elif isinstance(source, Mapping):
         yield from _of_tree(source)
@@ -77,7 +77,7 @@ def _states(source: Any) -> Iterator[LayerState]:
             f"read needs a source of Keras or Flax, got {kind_of(source)}. Use states_of for torch's models."
         )
     elif isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
-        yield of_weights(str(source[0].get("name", "")), source[1], source[0])
+        yield state_of_weights(str(source[0].get("name", "")), source[1], source[0])
     elif _framework_of(source) is not None or hasattr(source, "layers"):
         yield from _of_layers(source, set())
     else:
@@ -100,7 +100,7 @@ def _of_tree(tree: Mapping[Any, Any]) -> Iterator[LayerState]:
         own = modules[names[name]]
         for framework in FRAMEWORKS:
             if any(framework.tensors[key] in own for key in STATISTICS) and (framework is KERAS or _is_layer(own)):
-                yield _of_names(name, own, framework, {})
+                yield state_of_arrays(name, own, framework, {})
 
 
 def _is_layer(own: Mapping[str, Any]) -> bool:
@@ -117,48 +117,6 @@ def _leaves(value: Any, words: Words) -> Iterator[tuple[Words, Any]]:
             yield from _leaves(inner, (*words, *str(key).strip("/").split("/")))
 
 
-def _of_names(name: str, own: Mapping[str, Any], framework: Framework, settings: Mapping[str, Any]) -> LayerState:
-    tensors: dict[str, Any] = {ours: own.get(theirs) for ours, theirs in framework.tensors.items()}
-    if missing := [framework.tensors[key] for key in STATISTICS if tensors[key] is None]:
-        raise ValueError(
-            f"layer {name!r} needs both statistics, got no {missing[0]}. Save all variables of the model, or build it."
-        )
-    return LayerState(name, **tensors, **_settings(settings))
-
-
-def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """eps, torch's momentum and the axis of a configuration, as far as they are there."""
-    eps, momentum, axis = (settings.get(key) for key in ("epsilon", "momentum", "axis"))
-    axes = list(axis) if isinstance(axis, Sequence) else [axis]
-    if len(axes) > 1:
-        raise ValueError(f"a layer needs one channel axis, got {axes}. Layers with one value for each position differ.")
-    return {
-        "eps": None if eps is None else float(eps),
-        "momentum": None if momentum is None else 1 - float(momentum),
-        "axis": None if axes[0] is None else int(axes[0]),
-    }
-
-
-def of_weights(name: str, weights: Any, config: Mapping[str, Any]) -> LayerState:
-    """The state of a Keras layer from its configuration and its weights, a list in Keras' order or a dict of names.
-
-    Raises:
-        ValueError: If there are fewer weights than the configuration asks for.
-    """
-    if isinstance(weights, Mapping):
-        named = {str(key).rpartition("/")[2].partition(":")[0]: value for key, value in weights.items()}
-        return _of_names(name, named, KERAS, config)
-    absent = {key for key, word in KERAS.switches.items() if not config.get(word, True)}
-    keys = [key for key in TENSORS if key not in absent]
-    if len(weights) < len(keys):
-        raise ValueError(
-            f"layer {name!r} needs {len(keys)} weights ({', '.join(KERAS.tensors[key] for key in keys)}), got "
-            f"{len(weights)}. Pass its configuration too, with center and scale."
-        )
-    own = {KERAS.tensors[key]: value for key, value in zip(keys, weights, strict=False)}
-    return _of_names(name, own, KERAS, config)
-
-
 def _framework_of(layer: Any) -> Framework | None:
     """The framework of a layer object. Arrays have methods mean and var, so all four names of Flax are asked for."""
     needed = {KERAS.name: STATISTICS, FLAX.name: TENSORS}
@@ -173,6 +131,6 @@ def _of_layers(layer: Any, visited: set[int]) -> Iterator[LayerState]:
     if (framework := _framework_of(layer)) is not None:
         own = {name: getattr(layer, name, None) for name in framework.tensors.values()}
         settings = {key: getattr(layer, key, None) for key in ("epsilon", "momentum", "axis")}
-        yield _of_names(str(getattr(layer, "path", None) or getattr(layer, "name", "")), own, framework, settings)
+        yield state_of_arrays(str(getattr(layer, "path", None) or getattr(layer, "name", "")), own, framework, settings)
     for inner in getattr(layer, "layers", ()):
         yield from _of_layers(inner, visited)
