@@ -308,7 +308,7 @@ def test_the_update_operator_passes_opcheck(momentum, dtype, models):
     mean, var, new_mean, new_var = torch.rand(4, *models, 3, dtype=dtype)
     batches = torch.zeros(models, dtype=torch.long)
     torch.library.opcheck(
-        kernels.operators.moved_running, (mean, var, batches, torch.tensor(0), new_mean, new_var, 5, momentum)
+        kernels.running_operators.moved_running, (mean, var, batches, torch.tensor(0), new_mean, new_var, 5, momentum)
     )
 
 

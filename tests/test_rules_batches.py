@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.rules import RULES, Evidence, Fix
-from batchnorm.rules.rule_evidence import Loop, Measured, Module, Optimizer, Run
+from batchnorm.rules.rule_evidence import Loop, MeasuredLayer, Module, Optimizer, Run
 
 CODES = [code for code in RULES if code.startswith("BN2")]
 SECTIONS = ["Why:", "How:", "Example:", "Fix:", "References:"]
@@ -25,7 +25,7 @@ def values(*numbers):
 STORED = Stored(
     "bn", values(0.5, -1.0), values(1.0, 2.0), values(1.0, 1.0), values(0.0, 0.0), num_batches_tracked=500, momentum=0.1
 )
-MEASURED = Measured(
+MEASURED = MeasuredLayer(
     examples=256,
     batches=8,
     values_per_example=64.0,

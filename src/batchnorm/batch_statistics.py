@@ -25,7 +25,7 @@ from batchnorm.recomputation import first_values
 from batchnorm.variants import ghost_batches, own_weight, renorm
 
 
-class Step(Protocol):
+class StepStatistics(Protocol):
     """Batches of a layer whose statistics are stored once, at the end of a block; set as ``layer._step``.
 
     Attributes:
@@ -103,7 +103,7 @@ def _of_too_few_values(
 def _trained(
     layer: Any,
     x: Tensor,
-    batches: Sequence[ghost_batches.Part],
+    batches: Sequence[ghost_batches.GhostBatches],
     parameters: Layer,
     adjust: Adjust | None,
     exchange: processes.Exchange | None,

@@ -20,8 +20,8 @@ from batchnorm import batch_statistics, kernels, processes
 from batchnorm.argument_types import require_type
 from batchnorm.channel_axis import channels_second
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
-from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.reference import real_dtype, wide_dtype
+from batchnorm.kernels.repeated_forwards import is_repeated
 from batchnorm.kernels.shapes import values_per_channel
 from batchnorm.layer_checks import (
     SHAPES,
@@ -49,29 +49,14 @@ class _Layer(LayerSettings, _BatchNorm):
     _shapes: ClassVar[dict[int, str]]
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        weight: bool = True,
-        bias: bool = True,
-        act: str | None = None,
-        act_param: float | None = None,
-        memory: Literal["save"] | None = None,
-        single_element: Literal["error", "population"] = "error",
-        padding: Literal["zero", "keep"] = "zero",
-        axis: Literal[1, -1] = 1,
-        renorm: bool | Renorm = False,
-        ghost_batch_size: int | None = None,
-        own_weight: float = 0.0,
-        sync: bool = False,
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        weight: bool = True, bias: bool = True, act: str | None = None, act_param: float | None = None,
+        memory: Literal["save"] | None = None, single_element: Literal["error", "population"] = "error",
+        padding: Literal["zero", "keep"] = "zero", axis: Literal[1, -1] = 1, renorm: bool | Renorm = False,
+        ghost_batch_size: int | None = None, own_weight: float = 0.0, sync: bool = False,
         process_group: ProcessGroup | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_sizes(num_features, eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -94,7 +79,7 @@ class _Layer(LayerSettings, _BatchNorm):
     _skipped: Tensor | None = None
     _reported: int = 0
     # inside a block of ``micro_batches``: what happens to the batches of a step
-    _step: batch_statistics.Step | None = None
+    _step: batch_statistics.StepStatistics | None = None
 
     @property
     def skipped_updates(self) -> int:
@@ -400,17 +385,3 @@ def require_ours(model: nn.Module, who: str) -> dict[str, _Layer]:
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a call of a layer: the first argument that is a tensor, whatever its name; None without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs as a traced program, which would trace hooks too."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model, without the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
-    require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
-    return model

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.choice import is_plain
-from batchnorm.kernels.recomputation import is_repeated
+from batchnorm.kernels.repeated_forwards import is_repeated
 
 # Forwards of one layer that may wait for their backward passes: micro-batches in a pipeline, or calls in one forward
 _MOST_FORWARDS = 64

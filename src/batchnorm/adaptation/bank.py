@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from batchnorm.adaptation.estimation import adapted
 from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.files.sidecar import Sidecar
-from batchnorm.layers import unwrapped
+from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_memory import digest_of
 

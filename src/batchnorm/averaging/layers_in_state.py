@@ -28,7 +28,7 @@ _LEAVES = {
 
 @final
 @dataclass(frozen=True, slots=True)
-class Group:
+class StatisticsNames:
     """The statistics of the layer at ``path``; names of tensors by their role."""
 
     path: str
@@ -40,7 +40,7 @@ class Group:
         return {"mean", "var"} <= self.names.keys()
 
 
-def groups_of(names: Iterable[str]) -> list[Group]:
+def statistics_names(names: Iterable[str]) -> list[StatisticsNames]:
     """The statistics of all layers in a state dict with these names."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
@@ -50,7 +50,7 @@ def groups_of(names: Iterable[str]) -> list[Group]:
     for path, leaves in modules.items():
         roles = _ROLES_OF_INPUTS if _ROLES_OF_INPUTS.keys() <= leaves.keys() else _ROLES
         if own := {roles[leaf]: name for leaf, name in leaves.items() if leaf in roles}:
-            groups.append(Group(path, own))
+            groups.append(StatisticsNames(path, own))
     return groups
 
 
@@ -61,7 +61,7 @@ def local_names(names: Sequence[str], local: str | Iterable[str]) -> set[str]:
         TypeError: If ``local`` is no text and no texts.
         ValueError: If no name is at or below one of the paths.
     """
-    layers = [group.path for group in groups_of(names) if "count" not in group.names]
+    layers = [group.path for group in statistics_names(names) if "count" not in group.names]
     found: set[str] = set()
     for path in [local] if isinstance(local, str) else _texts(local):
         below = {name for name in names if name == path or name.startswith(f"{path}.")}

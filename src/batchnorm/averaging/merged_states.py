@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.argument_types import require_whole_number
-from batchnorm.averaging.layers_in_state import COUNTER, Group, groups_of, local_names
+from batchnorm.averaging.layers_in_state import COUNTER, StatisticsNames, local_names, statistics_names
 from batchnorm.averaging.parties import WHO, Party, State, agree, parties_of, require_same_names, require_same_shapes
 from batchnorm.moments import Moments
 
@@ -118,7 +118,7 @@ def weights_agree(states: Sequence[State]) -> bool:
     require_same_names(parties, set())
     require_same_shapes(parties, set())
     names = [name for name in parties[0].tensors if name.rpartition(".")[2] != COUNTER]
-    statistics = {name for group in groups_of(names) for name in group.names.values()}
+    statistics = {name for group in statistics_names(names) for name in group.names.values()}
     return all(agree([party.tensors[name] for party in parties]) for name in names if name not in statistics)
 
 
@@ -148,7 +148,7 @@ class _Merger:
         require_same_names(self.parties, excluded)
         require_same_shapes(self.parties, excluded)
         names = [name for name in self._names() if name not in excluded]
-        groups = {name: group for group in groups_of(names) for name in group.names.values()}
+        groups = {name: group for group in statistics_names(names) for name in group.names.values()}
         merged: OrderedDict[str, Any] = OrderedDict()
         copies: dict[tuple, str] = {}
         for name in names:
@@ -167,7 +167,7 @@ class _Merger:
         """The first state's names, then counters that only other states have."""
         return list(dict.fromkeys(name for party in self.parties for name in party.tensors))
 
-    def merged(self, name: str, values: Sequence[Any], group: Group | None) -> dict[str, Any]:
+    def merged(self, name: str, values: Sequence[Any], group: StatisticsNames | None) -> dict[str, Any]:
         """The result for a tensor; for a statistic of a layer, the results for all of its statistics."""
         if name.rpartition(".")[2] == COUNTER:
             return {name: _largest(values)}
@@ -183,7 +183,7 @@ class _Merger:
     def _values(self, name: str) -> list[Tensor]:
         return [party.tensors[name] for party in self.parties]
 
-    def _statistics(self, group: Group) -> dict[str, Tensor]:
+    def _statistics(self, group: StatisticsNames) -> dict[str, Tensor]:
         for party in self.parties:
             _require_statistics(party, group)
         if group.path in self.first.instance_norms:
@@ -201,7 +201,7 @@ class _Merger:
         found = {"mean": mean, "var": var, "count": total.count}
         return {name: self._rounded(name, found[role]) for role, name in group.names.items()}
 
-    def _moments(self, party: Party, group: Group, correction: int) -> Moments:
+    def _moments(self, party: Party, group: StatisticsNames, correction: int) -> Moments:
         mean, var = (_wide(party.tensors[group.names[role]]) for role in ("mean", "var"))
         count = _wide(party.tensors[group.names["count"]]) if "count" in group.names else party.count
         if mean.is_complex():  # E|x - m|^2 is the sum for both parts: the real part gets it, the imaginary part 0
@@ -235,11 +235,11 @@ class _Merger:
         return rounded.to(first.device)
 
 
-def _is_complex(party: Party, group: Group) -> bool:
+def _is_complex(party: Party, group: StatisticsNames) -> bool:
     return party.tensors[group.names["mean"]].is_complex()
 
 
-def _require_statistics(party: Party, group: Group) -> None:
+def _require_statistics(party: Party, group: StatisticsNames) -> None:
     mean, var = (party.tensors[group.names[role]] for role in ("mean", "var"))
     if mean.shape != var.shape:
         raise ValueError(

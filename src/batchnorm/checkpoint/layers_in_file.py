@@ -29,9 +29,9 @@ from batchnorm.checkpoint.left_out_statistics import is_adapter, without_statist
 from batchnorm.checkpoint.pickled.allowed_names import VERSIONS
 from batchnorm.checkpoint.pickled.name import in_words
 from batchnorm.checkpoint.pickled.unknown_classes import (
-    LayerSettings,
     Object,
     Saved,
+    SavedSettings,
     has_objects,
     is_of_module,
     settings,
@@ -188,7 +188,7 @@ def _stored(copy: Copy, saved: Saved, source: Source) -> dict[str, Stored]:
     return {name: _layer(name, layer, all_settings[name], source) for name, layer in copy.layers.items()}
 
 
-def _layer(name: str, layer_tensors: LayerTensors, layer_settings: LayerSettings, source: Source) -> Stored:
+def _layer(name: str, layer_tensors: LayerTensors, layer_settings: SavedSettings, source: Source) -> Stored:
     unread = _unread(layer_tensors.tensors)
     tensors = {key: tensor for key, tensor in _of_channels(layer_tensors).items() if key not in unread}
     values = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}

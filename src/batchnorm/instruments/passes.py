@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined, readable
-from batchnorm.layers import is_compiled
+from batchnorm.model_wrappers import is_compiled
 from batchnorm.population.hooks import Hook, detach
 
 State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked

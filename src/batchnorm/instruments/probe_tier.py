@@ -25,7 +25,8 @@ from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.output_differences import difference
 from batchnorm.instruments.signal_propagation import moments_of_channels, resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.layers import batch_norms
+from batchnorm.model_wrappers import unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import Batches, call, on_device_of

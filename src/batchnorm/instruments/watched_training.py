@@ -36,7 +36,8 @@ from batchnorm.instruments.probe_tier import Loss, Probe, has_ranks, with_shape
 from batchnorm.instruments.sinks import Outlets, Sink
 from batchnorm.instruments.snapshots import Layers
 from batchnorm.instruments.training_events import NO_PROBE, Events, foreign_steps, no_steps, postponed, too_short
-from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.layers import batch_norms
+from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.hooks import Hook, detach

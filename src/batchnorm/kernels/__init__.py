@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
-from batchnorm.kernels import autograd_node, choice, operators, reference, samples, torch_batch_norm
+from batchnorm.kernels import autograd_node, choice, operators, reference, running_operators, samples, torch_batch_norm
 from batchnorm.kernels.choice import is_plain, is_recorded, is_torchs
 from batchnorm.kernels.interface import ChannelStatistics, Group, Layer, Measured
 from batchnorm.kernels.operators import train_backward, train_forward
@@ -160,9 +160,9 @@ def update_running(running: Running, statistics: ChannelStatistics, count: int) 
     if is_plain(running.mean, statistics.mean):
         choice.update_running(running, statistics, count)
     elif _inside_derivative():
-        operators.update_running(*operators.flat_update(running, statistics, count))
+        running_operators.update_running(*running_operators.flat_update(running, statistics, count))
     else:
-        operators.move(running, statistics, count)
+        running_operators.move(running, statistics, count)
 
 
 def store(running: Running, measured: Measured) -> None:

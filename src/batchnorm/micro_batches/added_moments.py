@@ -13,8 +13,8 @@ from torch import Tensor
 
 from batchnorm.kernels import ChannelStatistics, Measured
 from batchnorm.kernels.choice import is_plain
-from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.reference import exact_dtype
+from batchnorm.kernels.repeated_forwards import is_repeated
 from batchnorm.moments import merged
 
 _SCHEMA = "(Tensor(a0!) count, Tensor(a1!) mean, Tensor(a2!) m2, Tensor of_count, Tensor of_mean, Tensor of_var) -> ()"

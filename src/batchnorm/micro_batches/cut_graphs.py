@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import Layer, Measured, Sample, joined_batches
 from batchnorm.kernels.joined_batches import JoinedBatch
-from batchnorm.micro_batches.joined_layers import Options, Site
+from batchnorm.micro_batches.joined_layers import LayerCall, Options
 from batchnorm.population.observation import EndForward
 
 # a node's number since the start of a run, the number of its result, its name, and the result's shape
@@ -52,7 +52,7 @@ _ABOUT_WRITES = (
 )
 
 
-class UnsuitedError(Exception):
+class UncutGraphError(Exception):
     """A graph cannot be cut in this way; the message says why, as the end of a sentence."""
 
 
@@ -178,7 +178,7 @@ class CutGraph:
                 yield
 
     def train(
-        self, site: Site, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
+        self, site: LayerCall, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
     ) -> tuple[Tensor, Measured]:
         """The result of a site, without its history."""
         total, adjust = site.moments, options.get("adjust")
@@ -224,12 +224,12 @@ class CutGraph:
         """Let a tensor of a lower level start anew, because a function will write to it.
 
         Raises:
-            UnsuitedError: If the tensor is a view of another, whose history cannot be replaced.
+            UncutGraphError: If the tensor is a view of another, whose history cannot be replaced.
         """
         if not self._is_lower(value):
             return
         if value._is_view():
-            raise UnsuitedError("an operation in place changes a view of a tensor from before a batch norm layer")
+            raise UncutGraphError("an operation in place changes a view of a tensor from before a batch norm layer")
         collected, edge = Collected(), get_gradient_edge(value)
         value.detach_()
         _Renewed.apply(self._anchor, value, collected)
@@ -308,11 +308,11 @@ class CutGraph:
         """Refuse a run that did not make every wanted result of its levels.
 
         Raises:
-            UnsuitedError: If one is missing.
+            UncutGraphError: If one is missing.
         """
         start = self._starts[self._first] - self._start if self._first >= 0 else -1
         if any(number >= start for number, *_ in self._wanted):
-            raise UnsuitedError("a forward that ran again made other tensors than before")
+            raise UncutGraphError("a forward that ran again made other tensors than before")
 
     def _key(self, edge: GradientEdge, shape: torch.Size) -> Key:
         number = edge.node._sequence_nr() - self._start  # type: ignore[attr-defined]
@@ -338,7 +338,7 @@ class _Keeping:
 
 def _kept(saved: tuple[Tensor, int] | None) -> Tensor:
     if saved is None:
-        raise UnsuitedError("a part of the backward pass needs tensors of an earlier part")
+        raise UncutGraphError("a part of the backward pass needs tensors of an earlier part")
     tensor, version = saved
     if tensor._version != version:
         raise RuntimeError(_ABOUT_WRITES.format("a tensor that the backward pass needs"))
@@ -386,7 +386,7 @@ class _Reading(TorchFunctionMode):
         before = [(gate, gate._version) for _, gate in self._graph._level_gates.values()]
         result = func(*args, **kwargs)
         if any(gate._version != version for gate, version in before):
-            raise UnsuitedError("an operation in place changes a tensor from before a batch norm layer")
+            raise UncutGraphError("an operation in place changes a tensor from before a batch norm layer")
         for leaf in tree_leaves(result):
             self._graph.look(leaf)
         return result

@@ -29,7 +29,7 @@ def exact_backward(
     """Add the gradients of the sum of all losses to those of the parameters; return the losses.
 
     Raises:
-        UnsuitedError: If graphs cannot be cut in this way; some gradients were added.
+        UncutGraphError: If graphs cannot be cut in this way; some gradients were added.
     """
     losses: list[Tensor] = []
     wanted: list[dict[Key, Tensor]] = [{} for _ in joined.micros]

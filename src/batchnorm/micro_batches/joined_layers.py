@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm import kernels
 from batchnorm.call_types import Batch
 from batchnorm.kernels import Group, Layer, Measured, Running, Sample
-from batchnorm.kernels.recomputation import is_repeated
+from batchnorm.kernels.repeated_forwards import is_repeated
 from batchnorm.population.tensor_trees import copied, each_leaf
 
 Options = dict[str, Any]
@@ -22,7 +22,7 @@ Options = dict[str, Any]
 
 @final
 @dataclass(eq=False)
-class Site:
+class LayerCall:
     """One call of a layer in every forward of a step.
 
     Attributes:
@@ -47,11 +47,11 @@ class Site:
         return self.total
 
 
-class Run(Protocol):
+class CallTraining(Protocol):
     """What happens at the sites of one forward."""
 
     def train(
-        self, site: Site, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
+        self, site: LayerCall, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
     ) -> tuple[Tensor, Measured]:
         """As ``kernels.train_sample``."""
         ...
@@ -76,13 +76,13 @@ class JoinedModel:
         forward: Callable[[nn.Module, Batch], object],
     ) -> None:
         self.model, self.layers, self.micros, self._forward = model, layers, micros, forward
-        self.sites: list[Site] = []
+        self.sites: list[LayerCall] = []
         self.parts = {path: _Part(self, path) for path in layers}
-        self._run: Run | None = None
+        self._run: CallTraining | None = None
         self._micro = self._calls = 0
         self._is_found = False  # whether all sites are known
 
-    def forward(self, micro: int, run: Run) -> object:
+    def forward(self, micro: int, run: CallTraining) -> object:
         """The model's output for a micro-batch."""
         self.resume(micro, run, 0)
         output = self._forward(self.model, each_leaf(self.micros[micro], copied))
@@ -91,7 +91,7 @@ class JoinedModel:
         self._is_found = True
         return output
 
-    def resume(self, micro: int, run: Run, calls: int) -> None:
+    def resume(self, micro: int, run: CallTraining, calls: int) -> None:
         """Let ``run`` decide about the next sites; the forward of this micro-batch has passed ``calls`` of them."""
         self._micro, self._run, self._calls = micro, run, calls
 
@@ -113,9 +113,9 @@ class JoinedModel:
         """Note that the layer of the latest site moves its stored statistics."""
         self.sites[self._calls - 1].moves = True
 
-    def _next(self, path: str, x: Tensor) -> Site:
+    def _next(self, path: str, x: Tensor) -> LayerCall:
         if not self._is_found:
-            self.sites.append(Site(path, x.numel()))
+            self.sites.append(LayerCall(path, x.numel()))
         if self._calls >= len(self.sites) or self.sites[self._calls].path != path:
             self._refuse(f"call {self._calls} of layer {path!r}")
         return self.sites[self._calls]
@@ -155,7 +155,7 @@ class OwnMoments:
     """A forward whose sites are normalized by the micro-batch alone: it finds the sites."""
 
     def train(
-        self, site: Site, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
+        self, site: LayerCall, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
     ) -> tuple[Tensor, Measured]:
         """As ``kernels.train_sample``, without other processes."""
         site.moves = False
@@ -171,11 +171,11 @@ class StepMoments:
     """
 
     def __init__(self, wait: Callable[[StepMoments], None] | None = None) -> None:
-        self._wait, self._site = wait, Site("", 0)
+        self._wait, self._site = wait, LayerCall("", 0)
         self.own: Measured | None = None  # the moments of the micro-batch at the site where it waits
 
     def train(
-        self, site: Site, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
+        self, site: LayerCall, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
     ) -> tuple[Tensor, Measured]:
         """As ``kernels.train_sample``, by the moments of the step."""
         self._site = site

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.micro_batches.added_moments import AddedMoments
-from batchnorm.micro_batches.joined_layers import JoinedModel, OwnMoments, Site, StepMoments
+from batchnorm.micro_batches.joined_layers import JoinedModel, LayerCall, OwnMoments, StepMoments
 from batchnorm.population.lock_step import greenlets, why_not
 from batchnorm.population.model_marks import ModelMarks
 from batchnorm.population.observation import EndForward
@@ -78,7 +78,7 @@ def _survey(joined: JoinedModel) -> str:
     return why_not(joined.model)
 
 
-def _sum_of(site: Site, parts: list[Measured | None]) -> Measured:
+def _sum_of(site: LayerCall, parts: list[Measured | None]) -> Measured:
     """The moments of all micro-batches together, and of all processes if the layer belongs to a group of them."""
     if any(part is None for part in parts):
         raise ValueError(f"step_backward needs every micro-batch to reach layer {site.path!r}. Use batchnorm.step.")
@@ -93,7 +93,7 @@ def _sum_of(site: Site, parts: list[Measured | None]) -> Measured:
     return total
 
 
-def _require_values(site: Site, count: Tensor) -> None:
+def _require_values(site: LayerCall, count: Tensor) -> None:
     if not bool((count > 1).all()):
         raise ValueError(
             f"step_backward needs more than 1 value per channel in a step, got {float(count.min()):g} at layer "

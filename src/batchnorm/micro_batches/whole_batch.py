@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from batchnorm import kernels
 from batchnorm.argument_types import kind_of, require_callable, require_module, require_whole_number
 from batchnorm.call_types import Batch
-from batchnorm.layers import require_ours, unwrapped
-from batchnorm.micro_batches.cut_graphs import UnsuitedError
+from batchnorm.layers import require_ours
+from batchnorm.micro_batches.cut_graphs import UncutGraphError
 from batchnorm.micro_batches.exact_gradient import LossOf, exact_backward
 from batchnorm.micro_batches.joined_layers import JoinedModel, StepMoments
 from batchnorm.micro_batches.step_totals import RandomStarts, measure_step
 from batchnorm.micro_batches.whole_step import Attached, require_channels, require_train_mode, stored_by
+from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.batches import call, require_examples
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.tensor_trees import examples_in
@@ -125,7 +126,7 @@ def _exactly(joined: JoinedModel, starts: RandomStarts, loss: LossOf, segments: 
     try:
         with _kept_gradients(joined.model):
             return exact_backward(joined, starts, loss, segments=segments)
-    except UnsuitedError as error:
+    except UncutGraphError as error:
         if segments > 1:
             warnings.warn(
                 f"step_backward holds the graphs of all micro-batches instead of {segments} segments: {error}. Give "

@@ -23,7 +23,7 @@ from batchnorm.micro_batches.added_moments import AddedMoments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 
 if TYPE_CHECKING:
-    from batchnorm.batch_statistics import Step
+    from batchnorm.batch_statistics import StepStatistics
 
 
 @contextmanager
@@ -96,7 +96,7 @@ class Attached:
         RuntimeError: If a layer already has one.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], parts: Mapping[str, Step]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], parts: Mapping[str, StepStatistics]) -> None:
         open_one = next((path for path, layer in layers.items() if vars(layer).get("_step") is not None), None)
         if open_one is not None:
             raise RuntimeError(

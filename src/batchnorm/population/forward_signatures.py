@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm.layers import unwrapped
+from batchnorm.model_wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

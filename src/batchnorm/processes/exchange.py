@@ -228,13 +228,13 @@ class _Union(Function):
     @staticmethod
     def backward(ctx: _Context, d_mean: Tensor, d_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         own_mean, own_count, mean, count = ctx.saved_tensors
-        *d_means, d_var = _Total.apply(torch.cat([_components(d_mean), d_var.unsqueeze(0)]), ctx.exchange).unbind()
+        *d_means, d_var = _RankSums.apply(torch.cat([_components(d_mean), d_var.unsqueeze(0)]), ctx.exchange).unbind()
         distance = torch.where(own_count == 0, 0, own_mean - mean)
         share = own_count / torch.where(count == 0, 1, count)
         return share * (_joined(d_means) + 2 * distance * d_var), share * d_var, None, None
 
 
-class _Total(Function):
+class _RankSums(Function):
     """Sums over all ranks: a rank's summand is in the sums of all, so its gradient is the sum of theirs."""
 
     @staticmethod
@@ -249,4 +249,4 @@ class _Total(Function):
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
-        return _Total.apply(grad, ctx.exchange), None
+        return _RankSums.apply(grad, ctx.exchange), None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from batchnorm.argument_types import require_module
-from batchnorm.layers import unwrapped
+from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.tensor_memory import absence
 from batchnorm.processes import check_process_group
 from batchnorm.surgery.replacement import find

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from batchnorm.checkpoint import Stored
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 # with a variance below 10 eps, eps changes the output: it varies less than gamma says. That alone is no fault, because
 # a convolution's results may have any scale
@@ -233,7 +233,7 @@ def _could_be_dead_behind_relu(evidence: Evidence, stored: Stored) -> bool:
     return any(_activity(evidence, stored, i, *ACTIVE["relu"]) < RARELY for i in range(stored.channels))
 
 
-def _has_enough_data(found: Measured) -> bool:
+def _has_enough_data(found: MeasuredLayer) -> bool:
     values = found.examples * found.values_per_example
     return found.lowest is not None and found.examples >= FEWEST_EXAMPLES and values >= FEWEST_VALUES
 

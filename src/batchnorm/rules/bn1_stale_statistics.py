@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.checkpoint.identical_parts import Twins
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 __all__ = ["RESIDUE", "USUAL_MOMENTUM"]
 
@@ -211,7 +211,7 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
             )
 
 
-def _stale(measured: Measured) -> tuple[int, ...]:
+def _stale(measured: MeasuredLayer) -> tuple[int, ...]:
     if measured.t_mean is None:
         return ()
     return tuple(
@@ -223,7 +223,7 @@ def _stale(measured: Measured) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _t(measured: Measured, channel: int) -> float:
+def _t(measured: MeasuredLayer, channel: int) -> float:
     """A channel's t for the mean or for the variance, whichever is larger in absolute value."""
     values = [t[channel] for t in (measured.t_mean, measured.t_var) if t is not None]
     return max(values, key=abs)

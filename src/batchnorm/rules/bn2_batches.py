@@ -15,7 +15,7 @@ from batchnorm.rules.update_counts import StartResidue, claims, is_nearer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 # Largest probability of a false finding in a whole model; and the smallest allowed ratio of a batch's effective number
 # of examples to its number of examples: at one half, means of batches have sqrt(2) times the noise.
@@ -246,7 +246,7 @@ def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
     return momentum / (2 - momentum) if momentum < 2 else math.inf
 
 
-def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
+def _cause(evidence: Evidence, layer: str, found: MeasuredLayer) -> str:
     """Why stored statistics differ from those of the data, in words, if the numbers show it; else a general cause."""
     claim, share = claims(evidence)[layer]
     if claim is StartResidue.SHOWN and share > _SHARE_WORTH_A_WORD:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchnorm.checkpoint.stored import Stored
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 # A mean that moved by one sd, or an sd that doubled or halved: then half of the values are outside of the usual range
 # of the layer's outputs. In models in the middle of training, means of channels were up to 0.35 sd off.
@@ -122,7 +122,7 @@ def is_as_constructed(stored: Stored | None) -> bool:
     return stored is None or stored.running_mean is None or stored.running_var is None or stored.is_initial
 
 
-def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
+def _moved(evidence: Evidence, name: str, found: MeasuredLayer) -> tuple[int, ...]:
     """Channels that are outside of a limit; () if they are less than MOVED_CHANNELS of the layer."""
     if is_as_constructed(evidence.stored.get(name)):
         return ()
@@ -136,9 +136,9 @@ def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
     return _enough(found, outside)
 
 
-def _shown(found: Measured, channels: tuple[int, ...]) -> tuple[int, ...]:
+def _shown(found: MeasuredLayer, channels: tuple[int, ...]) -> tuple[int, ...]:
     return _enough(found, [channel for channel in channels if channel in found.shown])
 
 
-def _enough(found: Measured, channels: list[int]) -> tuple[int, ...]:
+def _enough(found: MeasuredLayer, channels: list[int]) -> tuple[int, ...]:
     return tuple(channels) if len(channels) >= MOVED_CHANNELS * len(found.mean) else ()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchnorm.checkpoint import Stored
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 _DATA = "--data data.py:train_loader"
 # the formats that ``batchnorm fix`` writes, for files with states. A file with a graph or a model has to be made again
@@ -44,7 +44,7 @@ def some_of(channels: tuple[int, ...], stored: Stored) -> str:
     return f"{len(channels)} of {stored.channels} channels"
 
 
-def unsettled(measured: Measured) -> str:
+def unsettled(measured: MeasuredLayer) -> str:
     """The end of a sentence about a difference that is not proven."""
     return f"but examples too rare to be among these {measured.examples} may explain it"
 

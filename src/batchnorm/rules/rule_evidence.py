@@ -90,7 +90,7 @@ class Graph:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredLayer:
     """Measurements of one layer on the data. The whole model is in eval mode, unless a field says otherwise.
 
     ``mean`` and ``var`` are exact over all given examples; variances are biased.
@@ -209,7 +209,7 @@ class Evidence:
     modules: Mapping[str, Module] | None = None
     structure: Structure | None = None
     graph: Graph | None = None
-    measured: Mapping[str, Measured] | None = None
+    measured: Mapping[str, MeasuredLayer] | None = None
     run: Run | None = None
     loop: Loop | None = None
     optimizer: Optimizer | None = None

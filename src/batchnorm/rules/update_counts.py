@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchnorm.checkpoint import Stored
-    from batchnorm.rules.rule_evidence import Evidence, Measured
+    from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
 RESIDUE = 0.01  # share of the initial statistics; a smaller share does not matter
 USUAL_MOMENTUM = 0.1
@@ -81,7 +81,7 @@ def misfit(evidence: Evidence, name: str) -> float | None:
     return _distance(stored, measured.mean, measured.var, evidence.eps(name))
 
 
-def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: Measured, eps: float) -> bool:
+def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: MeasuredLayer, eps: float) -> bool:
     """Whether ``mean`` and ``var`` are less than half as far from the stored statistics as those of the data.
 
     False if the data's distance is at most MATTERS, or if a distance cannot be computed.
@@ -116,7 +116,7 @@ def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
     return StartResidue.OPEN
 
 
-def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> StartResidue | None:
+def _by_data(stored: Stored, found: MeasuredLayer, share: float, eps: float) -> StartResidue | None:
     """Whether data prove that the stored statistics contain the initial ones; None if nothing can be compared."""
     if stored.running_mean is None or _distance(stored, found.mean, found.var, eps) is None:
         return None
@@ -126,7 +126,7 @@ def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Start
     return StartResidue.SHOWN if near and _has_pattern(stored, var, found, eps) else StartResidue.GONE
 
 
-def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:
+def _has_pattern(stored: Stored, var: Sequence[float], found: MeasuredLayer, eps: float) -> bool:
     """Whether ``var`` explains the stored variances better than the data's variances times one factor.
 
     "Better" means less than half the distance: the root mean square of log ratios. The factor is the best one.

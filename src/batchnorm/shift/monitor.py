@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_number, require_whole_number
 from batchnorm.call_types import Arguments, Batch, Keywords
-from batchnorm.layers import batch_norms, is_compiled, unwrapped
+from batchnorm.layers import batch_norms
+from batchnorm.model_wrappers import is_compiled, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches

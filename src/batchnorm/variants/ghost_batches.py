@@ -32,7 +32,7 @@ Train = Callable[..., tuple[Tensor, Measured]]
 
 
 @final
-class Part(NamedTuple):
+class GhostBatches(NamedTuple):
     """Ghost batches of one size, as one batch (examples of each, ghosts C, ...).
 
     Attributes:
@@ -57,26 +57,26 @@ def check_ghost_batch_size(size: object) -> None:
         raise ValueError(f"ghost_batch_size must be 1 or more, got {size}. Leave it out for the whole batch.")
 
 
-def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) -> list[Part]:
+def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) -> list[GhostBatches]:
     """The ghost batches of a batch (N, C, ...), in one or two parts; the batch itself if it is empty or not cut."""
     if size is None or not x.shape[0]:
-        return [Part(x, sample, residual, 1)]
+        return [GhostBatches(x, sample, residual, 1)]
     sections, channels = _sections(x.shape[0], int(size)), x.shape[1]
     values, valid, weight, rest = (_cut(t, channels, sections) for t in (x, sample.valid, sample.weight, residual))
     return [
-        Part(values[i], sample._replace(valid=valid[i], weight=weight[i]), rest[i], ghosts)
+        GhostBatches(values[i], sample._replace(valid=valid[i], weight=weight[i]), rest[i], ghosts)
         for i, (_, ghosts) in enumerate(sections)
     ]
 
 
-def least_of(batches: Sequence[Part]) -> float | None:
+def least_of(batches: Sequence[GhostBatches]) -> float | None:
     """The smallest count of a channel of a ghost batch, as ``least_count``; 0 for an empty batch."""
     counts = [least_count(part.x, part.sample) for part in batches]
     return None if None in counts else min(counts) if counts else 0  # type: ignore[type-var] - none is None
 
 
 def train(
-    batches: Sequence[Part],
+    batches: Sequence[GhostBatches],
     layer: Layer,
     x: Tensor,
     train_sample: Train = kernels.train_sample,

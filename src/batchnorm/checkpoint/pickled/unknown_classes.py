@@ -36,7 +36,7 @@ class Opaque:
 
 @final
 @dataclass(frozen=True, slots=True)
-class LayerSettings:
+class SavedSettings:
     """The settings of a pickled layer; None for a setting that it does not have as a number."""
 
     eps: float | None
@@ -53,7 +53,7 @@ class Object(dict[Saved, Saved]):
         super().__init__()
         self.name = name
         # after ``settle``, for a module: the settings of each module inside, by name; None for other objects
-        self.modules: dict[str, LayerSettings] | None = None
+        self.modules: dict[str, SavedSettings] | None = None
 
     @property
     def is_module(self) -> bool:
@@ -95,14 +95,14 @@ def has_objects(saved: Saved) -> bool:
     return any(isinstance(container, Object) for container in _containers(saved))
 
 
-def settings(saved: Saved, path: Sequence[str | int], words: Sequence[str]) -> LayerSettings:
+def settings(saved: Saved, path: Sequence[str | int], words: Sequence[str]) -> SavedSettings:
     """The settings of a layer; ``path`` leads to its dict, and ``words`` are the words of path and name together.
 
     Both settings are None if the layer was not pickled as part of a module.
     """
     container = list(_along(saved, path))[-1]
     modules = container.modules if isinstance(container, Object) else None
-    return (modules or {}).get(".".join(words[len(path) :]), LayerSettings(None, None))
+    return (modules or {}).get(".".join(words[len(path) :]), SavedSettings(None, None))
 
 
 def is_of_module(saved: Saved, path: Sequence[str | int]) -> bool:
@@ -140,10 +140,10 @@ def _values(container: Saved) -> Iterable[Saved]:
     return container if isinstance(container, list | tuple) else ()
 
 
-def _state_dict(root: Object, most: int) -> tuple[dict[str, Saved], dict[str, LayerSettings]]:
+def _state_dict(root: Object, most: int) -> tuple[dict[str, Saved], dict[str, SavedSettings]]:
     """A module's tensors by their names with dots, and each module's settings."""
     tensors: dict[str, Saved] = {}
-    modules: dict[str, LayerSettings] = {}
+    modules: dict[str, SavedSettings] = {}
     waiting: list[tuple[str, Object]] = [("", root)]
     while waiting:
         name, module = waiting.pop()
@@ -155,7 +155,7 @@ def _state_dict(root: Object, most: int) -> tuple[dict[str, Saved], dict[str, La
             tensors.update({_joined(name, key): value for key, value in module.items()})
             modules.update({_joined(name, key).rstrip("."): value for key, value in module.modules.items()})
             continue
-        modules[name] = LayerSettings(_number(module.get("eps")), _number(module.get("momentum")))
+        modules[name] = SavedSettings(_number(module.get("eps")), _number(module.get("momentum")))
         for key in ("_parameters", "_buffers"):
             tensors.update({_joined(name, own): value for own, value in module[key].items() if value is not None})
         inner = [(_joined(name, key), child) for key, child in module["_modules"].items() if _is_child(child)]

@@ -37,7 +37,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 from batchnorm.population.stored_statistics import buffers
 from batchnorm.population.tensor_memory import whole
-from batchnorm.rules.rule_evidence import Measured
+from batchnorm.rules.rule_evidence import MeasuredLayer
 
 # the noise in t is at least a thousandth of the sd (0.001 for the log variance): with a smaller difference |t| is below
 # 1
@@ -112,7 +112,7 @@ class InputMeasurement:
             self.bets = Bets(stored_mean, stored_var + self.layer.eps)
         self.bets.add(mean, var, mask)
 
-    def measured(self) -> Measured:
+    def measured(self) -> MeasuredLayer:
         """All measurements as plain numbers."""
         total = sum(self.values, Moments.empty())
         layer = self.layer
@@ -123,7 +123,7 @@ class InputMeasurement:
         gap, noise, stale, stale_shown = self._gap(total, mean, var, shown)
         t_mean, t_var = self._t(total, mean, var)
         constant = (total.std <= self.rounding * total.mean.abs()) & (total.count > 1)
-        return Measured(
+        return MeasuredLayer(
             examples=self.examples,
             batches=len(self.values),
             values_per_example=float(total.count.max()) / max(1.0, float(sum(self.means, Moments.empty()).count.max())),

@@ -39,7 +39,7 @@ from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.hooks import attached
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_trees import examples_in, tensors_in
-from batchnorm.rules.rule_evidence import Loop, Measured, Run
+from batchnorm.rules.rule_evidence import Loop, MeasuredLayer, Run
 
 # inputs with more features are pixels, tokens or positions, not columns of a table
 _MOST_FEATURES = 4096
@@ -60,7 +60,7 @@ _MEASURE_BATCHES = {
 
 def measure(
     model: nn.Module, data: Iterable[Batch], *, max_examples: int | None
-) -> tuple[dict[str, Measured], Run, str, Batch]:
+) -> tuple[dict[str, MeasuredLayer], Run, str, Batch]:
     """Measurements of every layer and of the whole model, a description ("512 examples in 8 batches"), and a batch.
 
     The batch is a copy of the loader's first batch.
@@ -217,7 +217,7 @@ class _View:
         for gauge in self.gauges.values():
             gauge.is_clusterable = False
 
-    def order_p(self, measured: dict[str, Measured]) -> float | None:
+    def order_p(self, measured: dict[str, MeasuredLayer]) -> float | None:
         """p of the permutation test over all layers; None if no F test gave a reason to run it."""
         p = {name: layer.clustering_p for name, layer in measured.items() if layer.clustering_p is not None}
         if not p or min(p.values()) >= _SUSPECT:

@@ -1,4 +1,4 @@
-"""Recomputation: a forward that runs inside a backward pass, as activation checkpointing repeats the first forward."""
+"""Repeated forwards: activation checkpointing runs the first forward again inside a backward pass."""
 
 from __future__ import annotations
 
