@@ -21,9 +21,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.argument_types import require_callable, require_module
+from batchnorm.argument_types import require_callable, require_module, require_whole_number
 from batchnorm.call_types import Arguments, Keywords
-from batchnorm.channel_axis import axis_of
+from batchnorm.channel_axis import axis_of, channels_second
 from batchnorm.layers import LAYERS, input_of, require_ours
 from batchnorm.padded_batches import valid_by_lengths
 from batchnorm.population.hooks import attached
@@ -48,16 +48,17 @@ def padding(
     Args:
         model: A model with layers of this package, inside of any module.
         lengths: Number of valid positions of each example of the batch, (N,), before the first module.
-        length_axis: The axis of inputs with channels on axis 1 along which examples end early: 2 for (N, C, L). For a
-            layer with ``axis=-1`` this means axis 1 of its inputs (N, L, C).
+        length_axis: The axis of inputs with channels on axis 1 along which examples end early: 2, or -1, for (N, C, L).
+            For a layer with ``axis=-1`` this means axis 1 of its inputs (N, L, C). A layer with inputs (N, C) has no
+            such axis, and counts all of them.
         rule: Called with a convolution, a pooling, or another module that changes the size along that axis, and the
             lengths before it; returns the lengths behind it, or None to use the formula. Only convolutions and poolings
             have a formula.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module`` or ``rule`` not a function.
+        TypeError: If ``model`` is not an ``nn.Module``, ``length_axis`` no whole number, or ``rule`` not a function.
         ValueError: If the model has no layer of this package, or also has batch norm of others; in the block, if
-            lengths are not known for the size of a layer's input, or do not fit it.
+            lengths are not known for the size of a layer's input, or do not fit it, or an input lacks ``length_axis``.
 
     Example:
         >>> import torch, batchnorm
@@ -68,6 +69,7 @@ def padding(
         0.0
     """
     require_module(model, "padding")
+    require_whole_number(length_axis, "length_axis", "Use 2 for inputs (N, C, L).")
     if rule is not None:
         require_callable(rule, "padding needs a function rule(module, lengths)", "Or leave it out.")
     layers = require_ours(model, "padding").values()
@@ -101,13 +103,17 @@ class _LengthsBySize:
 
     def give(self, layer: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         """Add the lengths to the arguments of a layer."""
-        axis = self._axis - (axis_of(layer) == -1)
-        return args, kwargs | {"lengths": self._of(input_of(args, kwargs).shape[axis]), "length_axis": axis}
+        x = channels_second(layer, input_of(args, kwargs))
+        if x.ndim == 2:
+            return args, kwargs
+        axis = self._axis_of(layer, x)
+        return args, kwargs | {"lengths": self._of(x.shape[axis]), "length_axis": axis - (axis_of(layer) == -1)}
 
     def clear(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         """Let a convolution or pooling read in the padding what it reads outside of an example that is alone."""
         x = input_of(args, kwargs)
-        valid = valid_by_lengths(type(module).__name__, x, self._of(x.shape[self._axis]), self._axis)
+        axis = self._axis_of(module, x)
+        valid = valid_by_lengths(type(module).__name__, x, self._of(x.shape[axis]), axis)
         cleared = torch.where(valid, x, -torch.inf if isinstance(module, _MaxPoolNd) else 0)
         return (
             tuple(cleared if value is x else value for value in args),
@@ -117,17 +123,32 @@ class _LengthsBySize:
     def follow(self, module: nn.Module, args: Arguments, kwargs: Keywords, result: Any) -> None:
         """Compute the lengths behind a module from those before it."""
         x = input_of(args, kwargs)
-        if not all(isinstance(t, Tensor) and t.ndim > self._axis for t in (x, result)):
+        if not all(isinstance(t, Tensor) and 2 <= self._counted(t) < t.ndim for t in (x, result)):
             return
-        before, behind = x.shape[self._axis], result.shape[self._axis]
+        before, behind = (t.shape[self._counted(t)] for t in (x, result))
         if isinstance(module, _KNOWN) or (before in self._table and before != behind):
-            new = self._behind(module, before)
+            new = self._behind(module, before, self._counted(x))
             if new is not None:
                 self._table[behind] = new
 
-    def _behind(self, module: nn.Module, before: int) -> Tensor | None:
+    def _behind(self, module: nn.Module, before: int, axis: int) -> Tensor | None:
         new = None if self._rule is None else self._rule(module, self._of(before))
-        return _by_formula(module, self._of(before), self._axis - 2) if new is None else new
+        return _by_formula(module, self._of(before), axis - 2) if new is None else new
+
+    def _counted(self, x: Tensor) -> int:
+        """The length axis, counted from the first axis of ``x``, which may lack it."""
+        return self._axis + x.ndim if self._axis < 0 else self._axis
+
+    def _axis_of(self, module: nn.Module, x: Tensor) -> int:
+        axis = self._counted(x)
+        if not 2 <= axis < x.ndim:
+            possible = " or ".join(map(str, range(2, x.ndim))) or "that of a batch (N, C, L)"
+            raise ValueError(
+                f"padding needs length_axis= to be {possible} for {type(module).__name__} with an input of shape "
+                f"{tuple(x.shape)}, got {self._axis}. It is the axis along which an example ends early, with "
+                "channels on axis 1."
+            )
+        return axis
 
     def _of(self, size: int) -> Tensor:
         """The lengths for a size; the first size of a batch has the lengths that the block was given."""
@@ -142,7 +163,7 @@ class _LengthsBySize:
         return self._table[size]
 
 
-def _by_formula(module: Any, lengths: Tensor, axis: int) -> Tensor | None:
+def _by_formula(module: object, lengths: Tensor, axis: int) -> Tensor | None:
     """Lengths behind a convolution or pooling along one of its axes; None for other modules."""
     if not isinstance(module, _KNOWN):
         return None
