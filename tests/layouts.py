@@ -1,8 +1,20 @@
-"""One tensor of values laid out in memory in the ways that users have them."""
+"""Inputs of layers: a shape for each kind of layer, and the layouts in memory that users have."""
 
 from __future__ import annotations
 
+import pytest
 from torch import Tensor
+
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+# layers of 3 channels, and shapes of their inputs
+CASES = {
+    "rows": (BatchNorm1d, (12, 3)),
+    "lines": (BatchNorm1d, (4, 3, 5)),
+    "images": (BatchNorm2d, (4, 3, 5, 2)),
+    "volumes": (BatchNorm3d, (2, 3, 4, 2, 3)),
+}
+cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import layouts
 import pytest
 import torch
 from layouts import LAYOUTS
@@ -13,17 +14,12 @@ from torch import nn
 
 import batchnorm
 from batchnorm.kernels import cpu
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm1d, BatchNorm2d
 from batchnorm.moments import Moments
 from batchnorm.population.hooks import seeing
 
 # the shape of an input with channels last
-CASES = {
-    "rows": (BatchNorm1d, (6, 3)),
-    "lines": (BatchNorm1d, (4, 5, 3)),
-    "images": (BatchNorm2d, (4, 5, 2, 3)),
-    "volumes": (BatchNorm3d, (2, 4, 2, 3, 3)),
-}
+CASES = {name: (cls, (n, *rest, channels)) for name, (cls, (n, channels, *rest)) in layouts.CASES.items()}
 cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 

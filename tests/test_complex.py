@@ -9,19 +9,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from layouts import cases
 from torch import nn
 
 import batchnorm
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm1d
 from batchnorm.lazy_layers import LazyBatchNorm1d
 
-CASES = {
-    "rows": (BatchNorm1d, (12, 3)),
-    "lines": (BatchNorm1d, (4, 3, 5)),
-    "images": (BatchNorm2d, (4, 3, 5, 2)),
-    "volumes": (BatchNorm3d, (2, 3, 4, 2, 3)),
-}
-cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -264,3 +258,33 @@ def test_surgery_refuses_what_torch_nn_cannot_compute():
     model = nn.Sequential(made(BatchNorm1d, torch.complex64)).eval()
     with pytest.raises(ValueError, match="got a complex dtype at '0'"):
         batchnorm.revert(model)
+
+
+MEASURING = {
+    "recalibrate": batchnorm.recalibrate,
+    "in one pass": lambda model, data: batchnorm.recalibrate(model, data, exact=False),
+    "adapt": lambda model, data: batchnorm.adapt(model, data),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURING.values(), ids=MEASURING)
+def test_measuring_data_names_a_complex_layer_and_a_way(measure):
+    model, x = nn.Sequential(nn.Identity(), made(BatchNorm1d)), values((40, 3))
+    with pytest.raises(TypeError, match=r"real statistics, got the complex BatchNorm1d at '1'.*momentum = None"):
+        measure(model, [x])
+    layer = model[1]
+    layer.momentum = None
+    layer.reset_running_stats()
+    model(x)
+    assert torch.allclose(layer.running_mean, x.mean(0))
+    assert torch.allclose(layer.running_var, (x - x.mean(0)).abs().square().sum(0) / 39)
+
+
+def test_the_doctor_says_that_it_does_not_check_complex_statistics():
+    model = nn.Sequential(made(BatchNorm1d)).eval()
+    with torch.no_grad():
+        model[0].running_mean.imag[1] = torch.nan
+    diagnosis = batchnorm.examine(model)
+    assert not diagnosis.findings
+    assert "BN101" not in diagnosis.checked
+    assert any("complex numbers" in note and "running_mean" in note for note in diagnosis.notes)

@@ -12,7 +12,7 @@ import onnx
 import oracle
 import pytest
 import torch
-from layouts import LAYOUTS
+from layouts import LAYOUTS, cases
 from onnx.reference import ReferenceEvaluator
 from test_layers import made
 from torch import nn
@@ -20,16 +20,9 @@ from torch import nn
 import batchnorm
 from batchnorm.kernels import cpu
 from batchnorm.kernels.reference import wide_dtype
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm1d
 from batchnorm.population import freeze
 
-CASES = {
-    "rows": (BatchNorm1d, (6, 3)),
-    "lines": (BatchNorm1d, (4, 3, 5)),
-    "images": (BatchNorm2d, (4, 3, 5, 2)),
-    "volumes": (BatchNorm3d, (2, 3, 4, 2, 3)),
-}
-cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
 weights = pytest.mark.parametrize("weight", [0.1, 0.5, 1])
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -10,22 +10,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from layouts import LAYOUTS
+from layouts import LAYOUTS, cases
 from test_layers import made
 from torch import nn
 
 import batchnorm
 from batchnorm import Ramp, Renorm
 from batchnorm.kernels.reference import wide_dtype
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
-CASES = {
-    "rows": (BatchNorm1d, (12, 3)),
-    "lines": (BatchNorm1d, (4, 3, 5)),
-    "images": (BatchNorm2d, (4, 3, 5, 2)),
-    "volumes": (BatchNorm3d, (2, 3, 4, 2, 3)),
-}
-cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 LIMITS = {"free": (np.inf, np.inf), "clipped": (1.3, 0.4), "batch norm": (1.0, 0.0)}
 limits = pytest.mark.parametrize(("rmax", "dmax"), LIMITS.values(), ids=LIMITS)

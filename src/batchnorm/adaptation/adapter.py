@@ -116,7 +116,7 @@ class Adapter:
 
     Raises:
         TypeError: If ``monitor`` is not a ShiftMonitor, or an argument that must be a number, or a whole number
-            (``window``), is not.
+            (``window``), is not, or a layer to adapt is complex.
         ValueError: If an argument is out of range, or the model has no layer to adapt.
     """
 

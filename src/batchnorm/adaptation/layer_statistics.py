@@ -38,9 +38,10 @@ def adaptable(model: nn.Module, name: str) -> Layers:
 
     Raises:
         ValueError: If there is no such layer, or its statistics cannot be read here; ``name`` names the caller in it.
+        TypeError: If such a layer is complex.
     """
     require_real(model, name)
-    layers = open_layers(model, {**batch_norms(model), **layers_of_others(model)})
+    layers = open_layers(model, {**batch_norms(model), **layers_of_others(model)}, name)
     if not layers:
         raise ValueError(
             f"{name} needs batch norm layers that store statistics and are not frozen, got {type(model).__name__} "

@@ -109,8 +109,8 @@ def recalibrate(
         were restarted for each layer, "" if they were not. A model without layers to measure gives {}.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, ``loader`` is not an iterable of batches, or another argument
-            has a wrong type.
+        TypeError: If ``model`` is not an ``nn.Module``, ``loader`` is not an iterable of batches, another argument has
+            a wrong type, or a layer to measure is complex.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
             buffer's dtype, ``max_examples`` is below 1, or is given and a batch contains no tensors by which to count
             examples, a second pass over ``loader`` gives another number of batches, ``memory`` is negative, or tensors
@@ -135,7 +135,7 @@ def recalibrate(
     if forward is not None:
         require_callable(forward, "recalibrate needs a function forward(model, batch)", "Or leave it out.")
     batches = Batches(loader, max_examples, device_of(model) if device is None else torch.device(device))
-    layers = open_layers(model, {**batch_norms(model), **live_layers(model)})
+    layers = open_layers(model, {**batch_norms(model), **live_layers(model)}, "recalibrate")
     if not layers:
         _warn_of_nothing(model)
         return LayerMoments()

@@ -17,10 +17,22 @@ if TYPE_CHECKING:
     Layers = dict[str, _BatchNorm]  # by dotted path
 
 
-def open_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
-    """Layers with stored statistics that may change: not frozen, and not in eval mode inside a model in train mode."""
+def open_layers(model: nn.Module, layers: Mapping[str, nn.Module], who: str) -> Layers:
+    """Layers with stored statistics that may change: not frozen, and not in eval mode inside a model in train mode.
+
+    Raises:
+        TypeError: If the statistics of such a layer are complex; ``who`` begins the error.
+    """
     like_ours = cast("Layers", layers)
-    return {path: layer for path, layer in like_ours.items() if has_stored_statistics(layer) and _is_open(model, layer)}
+    found = {path: each for path, each in like_ours.items() if has_stored_statistics(each) and _is_open(model, each)}
+    for path, layer in found.items():
+        if buffers(layer)[0].is_complex():
+            raise TypeError(
+                f"{who} needs layers with real statistics, got the complex {type(layer).__name__} at {path!r}. Measure "
+                "them in train mode: set layer.momentum = None, call layer.reset_running_stats(), and run the data "
+                "through the model in large batches."
+            )
+    return found
 
 
 def _is_open(model: nn.Module, layer: _BatchNorm) -> bool:

@@ -141,7 +141,7 @@ def no_statistics(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         stored = evidence.stored.get(name)
-        has_values = not module.is_lazy and module.device != "meta"
+        has_values = not (module.is_lazy or module.device == "meta" or (stored and stored.unread))
         if has_values and stored and stored.running_mean is None and stored.running_var is None:
             yield Finding(name, "no running_mean, no running_var")
 

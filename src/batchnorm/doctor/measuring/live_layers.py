@@ -32,7 +32,7 @@ def stored_of(path: str, layer: Any) -> Stored:
     """Stored values of a live layer.
 
     A tensor is None if the layer lacks it, or if its values cannot be read in this process: it is lazy, on the meta
-    device, sharded, or without memory (FSDP).
+    device, sharded, or without memory (FSDP). All tensors of a complex layer are None; ``unread`` names them.
     """
     tensors = {key: getattr(layer, key, None) for key in _TENSORS}
     readable = {
@@ -40,7 +40,8 @@ def stored_of(path: str, layer: Any) -> Stored:
         for key, t in tensors.items()
         if isinstance(t, torch.Tensor) and (value := whole(t, getattr(layer, "num_features", None) or None)) is not None
     }
-    values: dict[str, Any] = {key: _as_array(t) for key, t in readable.items()}
+    is_complex = any(t.is_complex() for t in readable.values())
+    values: dict[str, Any] = {} if is_complex else {key: _as_array(t) for key, t in readable.items()}
     return Stored(
         path,
         **values,
@@ -48,10 +49,11 @@ def stored_of(path: str, layer: Any) -> Stored:
         dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in readable.items()},
         eps=getattr(layer, "eps", None),
         momentum=momentum_of(layer),
+        unread=dict.fromkeys(readable, "complex numbers, for which there are no checks") if is_complex else {},
     )
 
 
-def count_of(layer: Any) -> int | None:
+def count_of(layer: nn.Module) -> int | None:
     """A layer's num_batches_tracked; None if it is missing, not a single number, not finite, or not readable here."""
     counter = getattr(layer, "num_batches_tracked", None)
     if not isinstance(counter, torch.Tensor) or counter.numel() != 1 or (value := whole(counter)) is None:
@@ -59,7 +61,7 @@ def count_of(layer: Any) -> int | None:
     return int(value) if bool(torch.isfinite(value)) else None
 
 
-def momentum_of(layer: Any) -> float | None:
+def momentum_of(layer: object) -> float | None:
     """A layer's momentum as a number, also if the layer has a tensor; None for momentum=None or without momentum."""
     momentum = getattr(layer, "momentum", None)
     return float(momentum) if isinstance(momentum, torch.Tensor) else momentum
