@@ -81,7 +81,7 @@ def test_statistics_beside_sharded_parameters_are_read_and_these_are_named(folde
     layers = read(path).layers
     assert [stored.running_var for stored in layers.values()] == [stored.running_var for stored in plain.values()]
     assert [stored.num_batches_tracked for stored in layers.values()] == [3, 3]
-    assert f"a part of 2 out of 4 of a DTensor. Save whole tensors: {REMEDY}" in layers["1"].unread["weight"]
+    assert f"only 2 of the 4 numbers of a DTensor. Save whole tensors: {REMEDY}" in layers["1"].unread["weight"]
     assert set(layers["2.1"].unread) == {"weight", "bias"}
     diagnosis = examine(path)
     assert {"BN102", "BN103"} <= set(diagnosis.checked)
@@ -107,7 +107,7 @@ def test_sharded_statistics_are_not_checked(folder, rank):
 def test_a_sum_that_is_not_taken_yet_is_not_read(folder, rank):
     stored = read(folder / f"partial.2.{rank}.pt").layers["1"]
     assert stored.running_var is None
-    assert stored.unread["running_var"].startswith("a summand of a DTensor. Save whole tensors: ")
+    assert stored.unread["running_var"].startswith("one term of the sum that makes up a DTensor. Save whole tensors: ")
     assert stored.unread["running_mean"] == "of no use without running_var."
 
 

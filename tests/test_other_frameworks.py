@@ -218,9 +218,8 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_bad_input_is_refused_with_what_to_do(kind):
-    call, error, text = REFUSED[kind]
+@pytest.mark.parametrize(("call", "error", "text"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_with_what_to_do(call, error, text):
     with pytest.raises(error, match=text):
         call()
 

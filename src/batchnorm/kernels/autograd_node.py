@@ -25,6 +25,8 @@ _LEAST_SLOPE = 2**-10
 
 # further arguments of a training step: the layer, running statistics, whether y is written over x
 Step = tuple[Layer, Running | None, bool]
+# those of a normalization by stored statistics
+Call = tuple[Layer, ChannelStatistics]
 
 
 def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None, *, save: bool) -> Tensor:
@@ -94,12 +96,7 @@ class _Normalize(Function):
 
     @staticmethod
     def forward(
-        ctx: Context,
-        x: Tensor,
-        _weight: Tensor | None,
-        _bias: Tensor | None,
-        residual: Tensor | None,
-        call: tuple[Layer, ChannelStatistics],
+        ctx: Context, x: Tensor, _weight: Tensor | None, _bias: Tensor | None, residual: Tensor | None, call: Call
     ) -> Tensor:
         """y; weight and bias are the layer's tensors, passed as arguments so that autograd tracks them."""
         layer, statistics = call
