@@ -198,7 +198,7 @@ def _from_module(name: str) -> ModuleType:
         raise AddressError(_error_text(name, error)) from error
 
 
-def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
+def _called(address: str, factory: object, settings: Mapping[str, object]) -> object:
     if not callable(factory):
         raise AddressError(f"{address} is a {type(factory).__name__}, expected a function that makes the model.")
     try:
@@ -213,7 +213,7 @@ def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
     return _run(address, lambda: factory(**settings))
 
 
-def _run(name: str, code: Callable[[], Any]) -> Any:
+def _run(name: str, code: Callable[[], Any]) -> object:
     try:
         return code()
     except KeyboardInterrupt:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import nn
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """A value's type in words: the name of its class, or "the class X" if the value itself is the class X."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def require_type(value: Any, kinds: type | tuple[type, ...], expected: str, remedy: str) -> None:
+def require_type(value: object, kinds: type | tuple[type, ...], expected: str, remedy: str) -> None:
     """Refuse a value that is of none of the allowed types.
 
     Args:
@@ -31,7 +30,7 @@ def require_type(value: Any, kinds: type | tuple[type, ...], expected: str, reme
         raise TypeError(f"{expected}, got {kind_of(value)}. {remedy}")
 
 
-def require_module(model: Any, who: str) -> None:
+def require_module(model: object, who: str) -> None:
     """Refuse a value that is not a model.
 
     Raises:
@@ -41,7 +40,7 @@ def require_module(model: Any, who: str) -> None:
     require_type(model, nn.Module, f"{who} needs an nn.Module", remedy)
 
 
-def require_number(value: Any, name: str, remedy: str) -> None:
+def require_number(value: object, name: str, remedy: str) -> None:
     """Refuse a value that is not a single real number; real tensors and arrays without dimensions are allowed.
 
     True and False are refused: an argument in the wrong place would count as 1 or 0.
@@ -53,7 +52,7 @@ def require_number(value: Any, name: str, remedy: str) -> None:
     require_type(value, object if is_number else (), f"{name} must be a number", remedy)
 
 
-def require_whole_number(value: Any, name: str, remedy: str) -> None:
+def require_whole_number(value: object, name: str, remedy: str) -> None:
     """Refuse a value that is not an integer; torch's symbolic integers (SymInt) are allowed.
 
     Integer tensors and arrays without dimensions are allowed too. A float is refused even if it is whole, such as 2.0,
@@ -66,7 +65,7 @@ def require_whole_number(value: Any, name: str, remedy: str) -> None:
     require_type(value, object if is_whole else (), f"{name} must be a whole number", remedy)
 
 
-def _number_kind(value: Any) -> str:
+def _number_kind(value: object) -> str:
     """The kind of a single number, by NumPy's letters: "i" or "u" is an integer, "f" a float; any other is neither."""
     dtype = getattr(value, "dtype", None)
     if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or dtype == torch.bool:
@@ -79,7 +78,7 @@ def _number_kind(value: Any) -> str:
     return "i" if is_integer else "f" if isinstance(value, (Real, torch.SymFloat)) else "O"
 
 
-def require_flag(value: Any, name: str) -> None:
+def require_flag(value: object, name: str) -> None:
     """Refuse a value that is not True, False, 1 or 0: a batch passed as a flag would count as True.
 
     Raises:
@@ -91,7 +90,7 @@ def require_flag(value: Any, name: str) -> None:
     require_type(value, object if is_flag else (), f"{name} must be True or False", remedy)
 
 
-def require_callable(value: Any, expected: str, remedy: str) -> None:
+def require_callable(value: object, expected: str, remedy: str) -> None:
     """Refuse a value that is not a function; a module is refused too.
 
     A module can be called, but not with the arguments of a helper function such as ``forward(model, batch)``.

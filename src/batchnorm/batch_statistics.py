@@ -14,13 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from batchnorm import kernels, processes
 from batchnorm.kernels import Adjust, ChannelStatistics, Layer, Measured, Running, Sample, reference
-from batchnorm.layer_checks import about_eps, about_few_counts, about_few_counts_of_ranks, check_complex
+from batchnorm.layer_checks import (
+    AnyBatchNorm,
+    about_eps,
+    about_few_counts,
+    about_few_counts_of_ranks,
+    check_complex,
+)
 from batchnorm.recomputation import first_values
 from batchnorm.variants import ghost_batches, own_weight, renorm
 
@@ -35,7 +41,7 @@ class StepStatistics(Protocol):
     is_joined: bool
 
     def train(
-        self, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, **options: Any
+        self, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, **options: object
     ) -> tuple[Tensor, Measured]:
         """As ``kernels.train_sample``."""
         ...
@@ -45,9 +51,26 @@ class StepStatistics(Protocol):
         ...
 
 
+class OwnLayer(AnyBatchNorm, Protocol):
+    """What this module reads of a layer of this package: its settings, and when its stored statistics move."""
+
+    training: bool
+    _step: StepStatistics | None
+    _renorm: bool | renorm.Renorm
+    _ghost_batch_size: int | None
+    _own_weight: float
+
+    def _is_alone(self, count: float | None) -> bool: ...
+
+    def _running(self, mean: Tensor | None, var: Tensor | None) -> Running | None: ...
+
+    def _counters(self) -> tuple[Tensor, Tensor]: ...
+
+
 def normalized(
-    layer: Any, x: Tensor, sample: Sample, parameters: Layer, residual: Tensor | None, stored: ChannelStatistics | None
-) -> Tensor:
+    layer: OwnLayer, x: Tensor, sample: Sample, parameters: Layer, residual: Tensor | None,
+    stored: ChannelStatistics | None,
+) -> Tensor:  # fmt: skip
     """The result of a layer whose batch is not simply normalized by its own moments.
 
     Args:
@@ -84,7 +107,7 @@ def normalized(
 
 def _of_too_few_values(
     few: processes.TooFewValuesError,
-    layer: Any,
+    layer: OwnLayer,
     x: Tensor,
     sample: Sample,
     parameters: Layer,
@@ -101,7 +124,7 @@ def _of_too_few_values(
 
 
 def _trained(
-    layer: Any,
+    layer: OwnLayer,
     x: Tensor,
     batches: Sequence[ghost_batches.GhostBatches],
     parameters: Layer,
@@ -119,7 +142,7 @@ def _trained(
     return y, exchange.union(measured)
 
 
-def stored_for_one(layer: Any, measured: Measured, stored: ChannelStatistics) -> ChannelStatistics:
+def stored_for_one(layer: OwnLayer, measured: Measured, stored: ChannelStatistics) -> ChannelStatistics:
     """The stored statistics that normalize one value per channel in train mode: in a repetition, those of the first.
 
     The value does not move them, but counts in the moments of a step.
@@ -139,7 +162,7 @@ def measured_one(x: Tensor, sample: Sample) -> Measured:
     return Measured(*reference.measure_counted(x.detach(), sample.counts(x)))
 
 
-def _store(layer: Any, stored: ChannelStatistics | None, measured: Measured) -> None:
+def _store(layer: OwnLayer, stored: ChannelStatistics | None, measured: Measured) -> None:
     """Move a layer's stored statistics, or let a step keep the moments until it ends."""
     running = None if stored is None else layer._running(*stored)
     if running is not None:
@@ -147,7 +170,7 @@ def _store(layer: Any, stored: ChannelStatistics | None, measured: Measured) -> 
 
 
 def by_stored(
-    layer: Any, x: Tensor, sample: Sample, parameters: Layer, residual: Tensor | None, stored: ChannelStatistics
+    layer: OwnLayer, x: Tensor, sample: Sample, parameters: Layer, residual: Tensor | None, stored: ChannelStatistics
 ) -> Tensor:
     """The result by stored statistics; in eval mode an example's own statistics have the layer's ``own_weight``."""
     if layer._own_weight and not layer.training and x.numel():
@@ -155,7 +178,7 @@ def by_stored(
     return kernels.normalize_sample(x, sample, stored, parameters, residual)
 
 
-def _adjustment(layer: Any, stored: ChannelStatistics | None) -> Adjust | None:
+def _adjustment(layer: OwnLayer, stored: ChannelStatistics | None) -> Adjust | None:
     """How batch renorm changes gamma and beta; None without it. A repetition uses the values of the first forward."""
     if not layer._renorm or stored is None:
         return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.argument_types import require_flag, require_number, require_whole_number
 from batchnorm.channel_axis import axis_of, shape_as_given
@@ -21,7 +20,15 @@ SHAPES: dict[str, dict[int, str]] = {
 }
 
 
-def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+class AnyBatchNorm(Protocol):
+    """What messages say of a batch norm layer, of this package or of torch.nn."""
+
+    num_features: int
+    eps: float
+    running_mean: Tensor | None
+
+
+def promoted(layer: AnyBatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The input and the residual in a common type: the type of ``x + residual``.
 
     Raises:
@@ -47,7 +54,7 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
     return x.to(dtype), residual.to(dtype)
 
 
-def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
+def about_a_single_value(layer: AnyBatchNorm, x: Tensor) -> str:
     """The text of the error for a batch ``x``, (N, C, ...), with one value per channel."""
     shape = shape_as_given(layer, x)
     advice = "or construct the layer with track_running_stats=True and call eval()."
@@ -60,7 +67,7 @@ def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
     )
 
 
-def about_few_counts(layer: _BatchNorm, x: Tensor, least: float | None) -> str:
+def about_few_counts(layer: AnyBatchNorm, x: Tensor, least: float | None) -> str:
     """The error for a batch with padding or weights that leave a channel without a variance."""
     name = type(layer).__name__
     if least == 1:
@@ -77,7 +84,7 @@ def about_few_counts(layer: _BatchNorm, x: Tensor, least: float | None) -> str:
     )
 
 
-def _about_a_ghost_batch(layer: _BatchNorm, x: Tensor, size: int) -> str:
+def _about_a_ghost_batch(layer: AnyBatchNorm, x: Tensor, size: int) -> str:
     return (
         f"{type(layer).__name__} needs more than 1 value per channel in every ghost batch, got a single value in one: "
         f"ghost_batch_size={size} for shape {tuple(shape_as_given(layer, x))}. Use a larger ghost_batch_size, or "
@@ -85,7 +92,7 @@ def _about_a_ghost_batch(layer: _BatchNorm, x: Tensor, size: int) -> str:
     )
 
 
-def about_few_counts_of_ranks(layer: _BatchNorm, least: float, ranks: str) -> str:
+def about_few_counts_of_ranks(layer: AnyBatchNorm, least: float, ranks: str) -> str:
     """The error, the same on every rank, for batches that together leave a channel without a variance."""
     advice = "or construct the layer with track_running_stats=True and call eval()"
     if layer.running_mean is not None:
@@ -97,7 +104,7 @@ def about_few_counts_of_ranks(layer: _BatchNorm, least: float, ranks: str) -> st
     )
 
 
-def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
+def refuse(layer: AnyBatchNorm, shapes: Mapping[int, str], x: object) -> None:
     """Raise the error that says what is wrong with an input that a layer cannot normalize."""
     name = type(layer).__name__
     check_eps(layer.eps)
@@ -129,12 +136,12 @@ def _other_axis(axis: int) -> str:
     return " The last axis has this size: construct the layer with axis=-1, or move it by x.movedim(-1, 1)."
 
 
-def _layout(layer: _BatchNorm, text: str) -> str:
+def _layout(layer: AnyBatchNorm, text: str) -> str:
     """A shape of ``SHAPES``, with the channels where the layer has them: "(N, L, C)"."""
     return text if axis_of(layer) == 1 or text == "(N, C)" else text.replace(" C,", "").replace(")", ", C)")
 
 
-def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
+def check_state(layer: AnyBatchNorm, x: Tensor, *state: Tensor | None) -> None:
     """Refuse parameters and statistics of another shape or device than the input: someone replaced or moved them."""
     shape, device = x.shape[1:2], x.device
     for name, values in zip(("weight", "bias", *STATISTICS), state, strict=True):
@@ -146,7 +153,7 @@ def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
             )
 
 
-def check_complex(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
+def check_complex(layer: AnyBatchNorm, x: Tensor, *state: Tensor | None) -> None:
     """Refuse complex input for a real layer and real input for a complex layer; ``state`` is gamma, beta and mean.
 
     A layer without any of these normalizes both.

@@ -6,7 +6,7 @@ A subclass can use the names of settings for attributes of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from batchnorm.processes import NamedGroup, check_process_group, ranks_in_words
 from batchnorm.variants.ghost_batches import check_ghost_batch_size
 from batchnorm.variants.own_weight import check_own_weight
 from batchnorm.variants.renorm import Renorm, check_renorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # where our own classes are; all others with these settings are subclasses
 _MODULES = {"batchnorm.layers", "batchnorm.lazy_layers"}
@@ -65,7 +68,7 @@ class Setting:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+    def __get__(self, layer: object, owner: type | None = None) -> Any:
         if layer is None:
             return self
         if self.name not in vars(layer).get("_given_up", ()):
@@ -74,6 +77,11 @@ class Setting:
             if self.name in vars(layer)[table]:
                 return vars(layer)[table][self.name]
         raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
+
+
+def _setting() -> Any:
+    """A ``Setting`` that a type checker knows by the type of its values."""
+    return Setting()
 
 
 class LayerSettings(nn.Module):
@@ -93,20 +101,20 @@ class LayerSettings(nn.Module):
     _ghost_batch_size: int | None = None
     _own_weight: float = 0.0
     _sync: bool = False
-    _process_group: Any = None
+    _process_group: ProcessGroup | NamedGroup | None = None
     _is_composed: bool = False
 
-    act: Any = Setting()
-    act_param: Any = Setting()
-    memory: Any = Setting()
-    padding: Any = Setting()
-    single_element: Any = Setting()
-    axis: Any = Setting()
-    renorm: Any = Setting()
-    ghost_batch_size: Any = Setting()
-    own_weight: Any = Setting()
-    sync: Any = Setting()
-    process_group: Any = Setting()
+    act: str | None = _setting()
+    act_param: float = _setting()
+    memory: Literal["save"] | None = _setting()
+    padding: Literal["zero", "keep"] = _setting()
+    single_element: Literal["error", "population"] = _setting()
+    axis: Literal[1, -1] = _setting()
+    renorm: bool | Renorm = _setting()
+    ghost_batch_size: int | None = _setting()
+    own_weight: float = _setting()
+    sync: bool = _setting()
+    process_group: ProcessGroup | NamedGroup | None = _setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""

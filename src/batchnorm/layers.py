@@ -382,6 +382,6 @@ def require_ours(model: nn.Module, who: str) -> dict[str, _Layer]:
     return {path: layer for path, layer in layers.items() if isinstance(layer, _Layer)}
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def input_of(args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a call of a layer: the first argument that is a tensor, whatever its name; None without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -36,7 +36,7 @@ class _Waiting(NamedTuple):
         return new(self.requires_grad, device=self.device, dtype=self.dtype)
 
 
-def _waiting(tensor: Any) -> Any:
+def _waiting(tensor: Any) -> object:
     """The description of a tensor without a size; any other value itself."""
     if not is_lazy(tensor):
         return tensor
@@ -66,7 +66,7 @@ class _Lazy(LazyModuleMixin):
                     tensors[name] = _Waiting(is_parameter, is_parameter, empty.device, empty.dtype).tensor()
         layer._claim()
 
-    def initialize_parameters(self, *args: Any, **kwargs: Any) -> None:
+    def initialize_parameters(self, *args: object, **kwargs: object) -> None:
         """Give the layer's tensors the number of channels of its first input; tensors that were loaded stay.
 
         Raises:
@@ -95,7 +95,7 @@ class _Lazy(LazyModuleMixin):
         if not layer.has_uninitialized_params():
             super().reset_parameters()  # type: ignore[misc] - the layer's
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc] - the layer's
         layer: Any = self
         layer.num_features = _size(layer) or 0
@@ -114,7 +114,7 @@ class _Lazy(LazyModuleMixin):
         super().__setstate__(state | tables)  # type: ignore[misc] - the layer's
 
 
-def _size(layer: Any) -> int | None:
+def _size(layer: nn.Module) -> int | None:
     """The number of channels of a layer's tensors; None if it has none with a size."""
     tensors = {**layer._parameters, **layer._buffers}
     known = [t for name, t in tensors.items() if name in _INITIAL and t is not None and not is_lazy(t)]

@@ -168,7 +168,7 @@ def eps_of(layer: Any) -> float:
     return max(float(eps[informative].median()), 0.0) if informative.any() else _USUAL_EPS
 
 
-def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+def response_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of each channel of a layer in eval mode, both (C,), in float64 on the CPU.
 
     A copy of the layer is run. None if it cannot be copied, or if it is no affine map of each channel.
@@ -176,7 +176,7 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
     return next(iter(responses_of(layer).values()), None)
 
 
-def responses_of(layer: Any) -> dict[int, tuple[Tensor, Tensor]]:
+def responses_of(layer: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
     """As ``response_of``, for inputs of 4, 2, 3 or 5 axes: only the first number of axes that the layer accepts."""
     try:
         probe = copy.deepcopy(layer).cpu().double().eval()
@@ -191,7 +191,7 @@ def responses_of(layer: Any) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def response(
-    run: Callable[[Tensor], Any], layer: Any, rank: int, dtype: torch.dtype = torch.float64
+    run: Callable[[Tensor], Any], layer: nn.Module, rank: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of each channel of ``run`` on inputs of ``rank`` axes; None if it raises or is not affine.
 
@@ -233,7 +233,7 @@ def _is_close(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, line: float) -
     return y.shape == x.shape and bool(((y - (x * scale + shift)).abs() <= bound).all())
 
 
-def _is_vector(value: Any) -> bool:
+def _is_vector(value: object) -> bool:
     return isinstance(value, Tensor) and not is_lazy(value) and value.ndim == 1 and value.is_floating_point()
 
 
@@ -251,7 +251,7 @@ def _is_part_of_program(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.export")
 
 
-def _is_of_aten(target: Any) -> bool:
+def _is_of_aten(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
 
 
@@ -301,7 +301,7 @@ def _exchanges(kind: type) -> bool:
     return any(_EXCHANGES & set(_names(vars(each)["forward"])) for each in own if "forward" in vars(each))
 
 
-def _names(function: Any) -> Iterator[str]:
+def _names(function: object) -> Iterator[str]:
     """The names in a function's code; none if it is not written in Python."""
     code = getattr(function, "__code__", None)
     return iter(()) if code is None else iter((*code.co_names, *code.co_varnames))

@@ -55,7 +55,7 @@ def sample_of(
     return Sample(valid, None if weight is None else _weight(name, x, weight, axis), keep=keep)
 
 
-def valid_mask(layer: nn.Module, x: Any, options: Keywords) -> Mask:
+def valid_mask(layer: nn.Module, x: object, options: Keywords) -> Mask:
     """Which values of a layer's input, as (N, C, ...), are valid by the arguments of its call; None: all.
 
     The mask broadcasts to ``x``.
@@ -109,7 +109,7 @@ def _valid(name: str, x: Tensor, mask: Mask, axis: int) -> Mask:
     return _broadcast(name, x, mask, "a mask, in which True means valid,", axis)
 
 
-def _weight(name: str, x: Tensor, weight: Any, axis: int) -> Tensor:
+def _weight(name: str, x: Tensor, weight: object, axis: int) -> Tensor:
     if not isinstance(weight, Tensor) or weight.dtype == torch.bool or weight.is_complex():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name} needs a weight of numbers, got {got}. For valid positions use mask=.")

@@ -14,7 +14,7 @@ from warnings import warn
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm.kernels.choice import is_plain
 from batchnorm.kernels.repeated_forwards import is_repeated
@@ -51,11 +51,11 @@ class _Forwards:
         return None
 
 
-_forwards: WeakKeyDictionary[nn.Module, _Forwards] = WeakKeyDictionary()
+_forwards: WeakKeyDictionary[object, _Forwards] = WeakKeyDictionary()
 
 
 def first_values(
-    layer: nn.Module, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: object, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """``compute()`` in a first forward; in its repetition inside a backward pass, the values of the first forward.
 
@@ -80,7 +80,7 @@ def first_values(
 
 
 def _repeated(
-    layer: nn.Module, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: object, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     forwards = _forwards.get(layer)
     first = None if forwards is None else forwards.take(moments)

@@ -12,7 +12,7 @@ from batchnorm.layer_checks import refuse
 from batchnorm.tracing import call_whole
 
 
-def of_sequences(layer: Any, x: Any, residual: Any, **options: Any) -> Any:
+def of_sequences(layer: Any, x: Any, residual: object, **options: object) -> Any:
     """The result of a layer for an input that is no plain tensor: packed or nested sequences, or torch.fx's value.
 
     All positions of all sequences are one batch (N, C). The result is a packed or nested tensor like the input.

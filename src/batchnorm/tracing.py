@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
 
-def call_whole(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+def call_whole(module: nn.Module, *inputs: object, **options: object) -> Any:
     """The call of ``module`` as one node, if torch.fx traces a model that contains it; None if torch.fx does not trace.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from torch import Tensor, nn
 
@@ -206,7 +206,7 @@ class DomainBank:
         return Statistics(*parts)
 
 
-def _names(path: str | os.PathLike[str], about: dict[str, Any]) -> list[str]:
+def _names(path: str | os.PathLike[str], about: dict[str, object]) -> list[str]:
     names = about.get("names")
     if not isinstance(names, list) or STORED not in names or not all(isinstance(name, str) for name in names):
         raise _damaged(path)

@@ -85,7 +85,7 @@ def _party(name: str, state: State, count: float) -> Party:
     return Party(name, _with_tensors(state), count, frozenset())
 
 
-def _with_tensors(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_tensors(state: Mapping[str, object]) -> Mapping[str, object]:
     """The state with tensors in place of NumPy arrays, which Flower sends."""
     if not any(isinstance(value, np.ndarray) for value in state.values()):
         return state
@@ -113,7 +113,7 @@ def _require_usable(party: Party) -> None:
             )
 
 
-def _has_tensors(value: Any) -> bool:
+def _has_tensors(value: object) -> bool:
     """Whether a value is a container with tensors in it, as a checkpoint is."""
     inner = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return any(isinstance(each, Tensor) or _has_tensors(each) for each in inner)

@@ -162,7 +162,7 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
     return _below(_dict(file, state), state.prefix if state else "")
 
 
-def _below(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _below(nested: Mapping[str, object], prefix: str) -> dict[str, Any]:
     """The values whose names begin with a prefix, by the rest of their names."""
     names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
     return {name.removeprefix(prefix): nested[name] for name in names}

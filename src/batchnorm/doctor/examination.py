@@ -8,7 +8,7 @@ import platform
 import time
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from batchnorm import checkpoint
 from batchnorm.checkpoint.states_in_file import with_state
@@ -71,7 +71,7 @@ class Selection:
 
 
 def examine(
-    target: str | os.PathLike[str] | nn.Module, data: Iterable[Any] | None = None, *, example: Any = None,
+    target: str | os.PathLike[str] | nn.Module, data: Iterable[object] | None = None, *, example: object = None,
     optimizer: torch.optim.Optimizer | None = None, batch_size: int | None = None, accumulation: int = 1,
     world_size: int = 1, reference: nn.Module | str | os.PathLike[str] | None = None,
     selection: Selection | None = None, max_examples: int = MAX_EXAMPLES, name: str = "", state: str = "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 from torch import nn
 
@@ -181,7 +181,7 @@ def foreign_layers(plan: Loading, state: str, findings: Iterable[Finding]) -> li
 
 
 def treated(
-    network: nn.Module, plan: Loading, data: Iterable[Any] | None, foreign: Iterable[Finding], *, unsafe: bool,
+    network: nn.Module, plan: Loading, data: Iterable[object] | None, foreign: Iterable[Finding], *, unsafe: bool,
     selection: Selection, name: str,
 ) -> Iterator[Treated]:  # fmt: skip
     """The results of examining and treating each state that fits. Foreign statistics are measured again.

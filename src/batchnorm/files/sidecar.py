@@ -35,7 +35,7 @@ class Sidecar:
     version: int
     remedy: str
 
-    def write(self, path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def write(self, path: str | os.PathLike[str], about: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, and the JSON data ``about`` with the version as metadata.
 
         Raises:

@@ -140,7 +140,7 @@ def number_of(value: Any) -> float | Tensor:
     return number if number.dtype == torch.float64 else number.float()
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """The kind of a value that is not a number, in words; "" for None."""
     if value is None:
         return ""

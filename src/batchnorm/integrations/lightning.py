@@ -195,7 +195,7 @@ class AccumulatedStatistics(Callback):
         """Begin a step, unless one goes on."""
         self._step.begin(pl_module)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         """Note that this batch ends a step."""
         self._has_stepped = True
 
@@ -307,7 +307,7 @@ class _Direct(nn.Module):
         return self._orig_mod.register_forward_pre_hook(direct, **arguments)
 
 
-def _averages(callback: Any) -> bool:
+def _averages(callback: object) -> bool:
     # compared by name, because older versions lack some of these classes, and there are two packages
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     return any(kind.__name__ in names for kind in type(callback).__mro__)

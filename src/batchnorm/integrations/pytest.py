@@ -28,7 +28,7 @@ class AssertBatchNormHealthy(Protocol):
         *,
         ignore: str | Iterable[str] = (),
         fail_on: str = "error",
-        **examined: Any,
+        **examined: object,
     ) -> None:
         """Fail if ``batchnorm.examine`` has a finding with severity ``fail_on`` or worse.
 

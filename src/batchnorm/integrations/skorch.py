@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class BatchNormCallback(Callback):
         log: str | os.PathLike[str] | None = None,
         every: int = 100,
         budget: float = 0.02,
-        probe: Any = None,
+        probe: object = None,
         loss: Callable[[Answer, Batch], Tensor] | None = None,
         sinks: Iterable[Sink] = (),
         recalibrate: bool = False,
@@ -65,12 +65,12 @@ class BatchNormCallback(Callback):
         """The watch of the current or last training."""
         return self.session_.run
 
-    def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
+    def on_train_begin(self, net: NeuralNet, X: object = None, y: object = None, **kwargs: object) -> None:
         """Start the watch."""
         self.session_.begin(net.module_)
 
     def on_epoch_begin(
-        self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: object
+        self, net: NeuralNet, dataset_train: object = None, dataset_valid: object = None, **kwargs: object
     ) -> None:
         """Keep the training examples; X and y of ``on_train_end`` contain the validation examples too."""
         self.trained_on_ = dataset_train
@@ -80,7 +80,7 @@ class BatchNormCallback(Callback):
         if training:
             self.session_.note_loss(kwargs.get("loss"))
 
-    def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
+    def on_train_end(self, net: NeuralNet, X: object = None, y: object = None, **kwargs: object) -> None:
         """End the watch, and recalibrate if ``recalibrate``."""
         self.session_.end()
         trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None

@@ -92,7 +92,7 @@ class AccumulatedStatistics(TrainerCallback):
         self._step.discard()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Discard what an earlier training left open."""
         self._step.discard()
@@ -103,7 +103,9 @@ class AccumulatedStatistics(TrainerCallback):
         """Begin a step: the Trainer calls this for its first micro-batch."""
         self._step.begin(kwargs["model"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Store the statistics of the step."""
         self._step.store()
 

@@ -51,7 +51,7 @@ class Session:
         if self.run is not None:
             self.run.stop(reason)
 
-    def note_loss(self, value: Any, times: float = 1.0) -> None:
+    def note_loss(self, value: object, times: float = 1.0) -> None:
         """Log the loss of this step times ``times``, if the loss is a number and a watch has been started."""
         is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         if self.run is not None and is_number:

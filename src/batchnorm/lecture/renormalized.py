@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class GhostNorm(BatchNorm1d):
         super().__init__(num_features)
         self.size = size
 
-    def forward(self, input: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: A002 - the layer's own name
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:  # noqa: A002 - the layer's own name
         """The normalized batch, (N, C); in train mode by the mean and variance of each group."""
         if not self.training:
             return super().forward(input)

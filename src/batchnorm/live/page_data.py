@@ -69,7 +69,7 @@ def _look(row: Mapping[str, JsonValue], layers: int) -> dict[str, JsonValue]:
     return {"step": row["step"], "values": quantities, "model": _scalars(row.get("model"))}
 
 
-def _is_row(values: JsonValue, layers: int) -> TypeGuard[list[Any]]:
+def _is_row(values: JsonValue, layers: int) -> TypeGuard[list[object]]:
     return isinstance(values, list) and len(values) == layers
 
 

@@ -235,7 +235,7 @@ class CutGraph:
         _Renewed.apply(self._anchor, value, collected)
         self._collect(edge, collected)
 
-    def _is_lower(self, value: Any) -> bool:
+    def _is_lower(self, value: object) -> bool:
         """Whether a value is a tensor of a lower level than that of now, and may start anew."""
         if not isinstance(value, Tensor) or not value.requires_grad or value.grad_fn is None:
             return False
@@ -246,7 +246,7 @@ class CutGraph:
         if self.level >= self._first:
             self._gates.setdefault(self.level, []).append((edge, collected))
 
-    def look(self, value: Any) -> None:
+    def look(self, value: object) -> None:
         """Start a backward pass at a tensor if its gradient is wanted."""
         if not self._wanted or not isinstance(value, Tensor) or not value.requires_grad or value.grad_fn is None:
             return

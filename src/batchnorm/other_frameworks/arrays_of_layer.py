@@ -9,7 +9,7 @@ from batchnorm.other_frameworks.layer_state import LayerState
 from batchnorm.other_frameworks.naming import KERAS, STATISTICS, TENSORS, Framework
 
 
-def state_of_weights(name: str, weights: Any, config: Mapping[str, Any]) -> LayerState:
+def state_of_weights(name: str, weights: Any, config: Mapping[str, object]) -> LayerState:
     """The state of a Keras layer from its configuration and its weights, a list in Keras' order or a dict of names.
 
     Raises:
@@ -29,7 +29,9 @@ def state_of_weights(name: str, weights: Any, config: Mapping[str, Any]) -> Laye
     return state_of_arrays(name, own, KERAS, config)
 
 
-def state_of_arrays(name: str, own: Mapping[str, Any], framework: Framework, settings: Mapping[str, Any]) -> LayerState:
+def state_of_arrays(
+    name: str, own: Mapping[str, object], framework: Framework, settings: Mapping[str, object]
+) -> LayerState:
     """The state of a layer from its arrays and settings, by the names that the framework gives them.
 
     Raises:

@@ -77,7 +77,7 @@ def _pyfive() -> Any:
 
 
 @contextmanager
-def _hdf5(file: BinaryIO) -> Iterator[tuple[FilePart, Any]]:
+def _hdf5(file: BinaryIO) -> Iterator[tuple[FilePart, object]]:
     """The HDF5 bytes in a file, and the configuration beside them; None if there is none."""
     head = file.read(8)
     size = file.seek(0, os.SEEK_END)
@@ -111,7 +111,7 @@ def _config(archive: zipfile.ZipFile) -> bytes:
         return file.read(_LONGEST_CONFIG)
 
 
-def _json(text: bytes | str) -> Any:
+def _json(text: bytes | str) -> object:
     if len(text) >= _LONGEST_CONFIG:
         raise RefusalError("a configuration of at most 64 MiB", "a longer one")
     return json.loads(text)
@@ -154,7 +154,7 @@ class FilePart(io.RawIOBase):
         return len(data)
 
 
-def _contents(file: Any, config: Any) -> tuple[list[tuple[str, str, Any]], dict[str, Config]]:
+def _contents(file: Any, config: object) -> tuple[list[tuple[str, str, object]], dict[str, Config]]:
     """The weights of the layers (``_layers``), and their configurations by name."""
     if config is None and (text := file.attrs.get("model_config")) is not None:
         config = _json(text)
@@ -176,7 +176,7 @@ def _place(name: str, configs: Mapping[str, Config]) -> int:
     return list(configs).index(name) if name in configs else len(configs)
 
 
-def _configs(config: Any) -> dict[str, Config]:
+def _configs(config: object) -> dict[str, Config]:
     """The configurations of batch norm layers by name; not of names that layers with other settings share."""
     found: dict[str, Config] = {}
     shared: set[str] = set()
@@ -187,7 +187,7 @@ def _configs(config: Any) -> dict[str, Config]:
     return {name: settings for name, settings in found.items() if name not in shared}
 
 
-def _configs_in(value: Any, depth: int) -> Iterator[Config]:
+def _configs_in(value: object, depth: int) -> Iterator[Config]:
     if depth > _DEEPEST:
         return
     if isinstance(value, dict):
@@ -201,7 +201,7 @@ def _configs_in(value: Any, depth: int) -> Iterator[Config]:
             yield from _configs_in(inner, depth + 1)
 
 
-def _layers(file: Any, configs: Mapping[str, Config]) -> Iterator[tuple[str, str, Any]]:
+def _layers(file: object, configs: Mapping[str, Config]) -> Iterator[tuple[str, str, object]]:
     """Of each batch norm layer the name, the path in the file, and the weights: by name, or a list in Keras' order."""
     for path, group, arrays in _groups(file):
         words = path.split("/")
@@ -246,7 +246,7 @@ def _id(group: Any) -> int:
     return id(group._dataobjects)
 
 
-def _values(group: Any, path: str, name: str) -> Any:
+def _values(group: Any, path: str, name: str) -> object:
     array = group.get_lazy_view(name)
     where = f"{path}/{name}"
     if len(array.shape) != 1 or array.shape[0] > _MOST_CHANNELS:

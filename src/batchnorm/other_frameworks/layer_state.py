@@ -110,7 +110,7 @@ class LayerState:
             variables[FLAX.collections[FLAX.ours[name]]][name] = array
         return self._settings(FLAX), variables
 
-    def _settings(self, framework: Framework) -> dict[str, Any]:
+    def _settings(self, framework: Framework) -> dict[str, object]:
         if self.momentum is None:
             raise ValueError(
                 f"layer {self.name!r} needs a momentum for {framework.name}, got None. Set layer.momentum = 0.1 first; "
@@ -150,12 +150,12 @@ def states_of(model: nn.Module) -> dict[str, LayerState]:
         ValueError: If a layer stores no statistics, or has not received its first batch.
     """
     require_module(model, "states_of")
-    layers: dict[str, Any] = find(model)
+    layers: dict[str, _BatchNorm] = find(model)
     require_statistics(layers)
     return {path: _state_of(path, layer) for path, layer in layers.items()}
 
 
-def require_statistics(layers: Mapping[str, Any]) -> None:
+def require_statistics(layers: Mapping[str, object]) -> None:
     """Refuse layers without stored statistics."""
     for path, layer in layers.items():
         if any(not isinstance(t := getattr(layer, key), Tensor) or nn.parameter.is_lazy(t) for key in STATISTICS):
@@ -165,7 +165,7 @@ def require_statistics(layers: Mapping[str, Any]) -> None:
             )
 
 
-def _state_of(path: str, layer: Any) -> LayerState:
+def _state_of(path: str, layer: _BatchNorm) -> LayerState:
     tensors: dict[str, Any] = {
         key: None if (t := getattr(layer, key)) is None else t.detach().cpu().clone() for key in TENSORS
     }
@@ -199,7 +199,7 @@ def put(state: LayerState, layer: Any) -> None:
         layer.num_batches_tracked.zero_()
 
 
-def _vector(value: Any, what: str) -> Tensor:
+def _vector(value: object, what: str) -> Tensor:
     """A value of any framework as a tensor with one axis; bfloat16 arrays become float32."""
     tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(_numbers(value, what))
     if not tensor.is_floating_point():
@@ -212,7 +212,7 @@ def _vector(value: Any, what: str) -> Tensor:
     return tensor
 
 
-def _numbers(value: Any, what: str) -> np.ndarray:
+def _numbers(value: object, what: str) -> np.ndarray:
     if callable(convert := getattr(value, "numpy", None)):
         value = convert()
     elif not isinstance(value, np.ndarray) and not callable(inner := getattr(value, "value", value)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -19,7 +18,7 @@ Words = tuple[str, ...]
 _DEEPEST = 64  # levels of dicts
 
 
-def read(source: Any, *, eps: float | None = None, momentum: float | None = None) -> dict[str, LayerState]:
+def read(source: object, *, eps: float | None = None, momentum: float | None = None) -> dict[str, LayerState]:
     """The state of every batch norm layer in ``source``, by the layer's path there.
 
     Nothing is executed; Keras, TensorFlow and Flax are not imported. Variances are the numbers that are stored.
@@ -54,7 +53,7 @@ def read(source: Any, *, eps: float | None = None, momentum: float | None = None
     return {name: _completed(state, eps, momentum) for name, state in states.items()}
 
 
-def _named(source: Any) -> str:
+def _named(source: object) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else f"a {kind_of(source)}"
 
 
@@ -67,7 +66,7 @@ def _completed(state: LayerState, eps: float | None, momentum: float | None) -> 
     )
 
 
-def _states(source: Any) -> Iterator[LayerState]:
+def _states(source: object) -> Iterator[LayerState]:
     if isinstance(source, str | os.PathLike):
         yield from states_in(source)
     elif isinstance(source, Mapping):
@@ -87,9 +86,9 @@ def _states(source: Any) -> Iterator[LayerState]:
         )
 
 
-def _of_tree(tree: Mapping[Any, Any]) -> Iterator[LayerState]:
+def _of_tree(tree: Mapping[object, object]) -> Iterator[LayerState]:
     """The layers of a tree: modules that have the mean and the variance of a framework."""
-    modules: dict[Words, dict[str, Any]] = {}
+    modules: dict[Words, dict[str, object]] = {}
     for words, value in _leaves(tree, ()):
         collections = set(FLAX.collections.values())
         inside = words[1:] if words[0] in collections and collections & set(tree) else words
@@ -103,12 +102,12 @@ def _of_tree(tree: Mapping[Any, Any]) -> Iterator[LayerState]:
                 yield state_of_arrays(name, own, framework, {})
 
 
-def _is_layer(own: Mapping[str, Any]) -> bool:
+def _is_layer(own: Mapping[str, object]) -> bool:
     """Whether a module with a "mean" or "var" has both and nothing that Flax' BatchNorm has not."""
     return {"mean", "var"} <= own.keys() <= set(FLAX.tensors.values())
 
 
-def _leaves(value: Any, words: Words) -> Iterator[tuple[Words, Any]]:
+def _leaves(value: object, words: Words) -> Iterator[tuple[Words, object]]:
     """The arrays of a tree with the words that lead to them; a name may have "/" in it."""
     if not isinstance(value, Mapping):
         yield words, value
@@ -117,13 +116,13 @@ def _leaves(value: Any, words: Words) -> Iterator[tuple[Words, Any]]:
             yield from _leaves(inner, (*words, *str(key).strip("/").split("/")))
 
 
-def _framework_of(layer: Any) -> Framework | None:
+def _framework_of(layer: object) -> Framework | None:
     """The framework of a layer object. Arrays have methods mean and var, so all four names of Flax are asked for."""
     needed = {KERAS.name: STATISTICS, FLAX.name: TENSORS}
     return next((f for f in FRAMEWORKS if all(hasattr(layer, f.tensors[key]) for key in needed[f.name])), None)
 
 
-def _of_layers(layer: Any, visited: set[int]) -> Iterator[LayerState]:
+def _of_layers(layer: object, visited: set[int]) -> Iterator[LayerState]:
     """The states of a layer, or of the layers inside of it."""
     if id(layer) in visited:
         return

@@ -138,14 +138,14 @@ def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Batch) -
     return _allows(declared, batch) and not _allows(declared, inner)
 
 
-def _annotation(model: nn.Module, parameter: str) -> Any:
+def _annotation(model: nn.Module, parameter: str) -> object:
     try:
         return get_type_hints(inspect.unwrap(unwrapped(model).forward)).get(parameter)
     except Exception:  # noqa: BLE001 - names that exist for type checkers only
         return None
 
 
-def _allows(declared: Any, value: Batch) -> bool:
+def _allows(declared: object, value: Batch) -> bool:
     """Whether an annotation allows the value's type."""
     if get_origin(declared) in {Union, UnionType}:
         return any(_allows(each, value) for each in get_args(declared))

@@ -71,7 +71,7 @@ class Hook:
     def __init__(self, work: Callable[..., None] | None = None, *, is_always: bool = False) -> None:
         self._work, self._is_always = work, is_always
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, *arguments: object) -> None:
         """Call ``work``, but not during compilation, torch.jit.trace or CUDA graph capture unless ``is_always``."""
         if self._work is not None and (self._is_always or not (torch.compiler.is_compiling() or _is_recorded())):
             self._work(*arguments)

@@ -235,7 +235,7 @@ def _undo_set(container: set) -> Undo:
     return undo
 
 
-def _parts_of_tensor(tensor: Tensor) -> list[Any]:
+def _parts_of_tensor(tensor: Tensor) -> list[object]:
     # a tensor's own attributes, its hooks, and its gradient, which only some tensors have
     grad = tensor.grad if _owns_grad(tensor) else None
     return [vars(tensor), grad, *parts_of(tensor), *(getattr(tensor, name) for name in _TENSOR_HOOKS)]

@@ -88,7 +88,7 @@ def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
     return memory if memory.layout == torch.strided else memory.to_dense()
 
 
-def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
+def digest_of(tensors: Mapping[str, object], bare: Container[str] = ()) -> str:
     """SHA-256 of tensors: names, types, shapes and bits; of a sharded tensor only the bits that are on this rank.
 
     Args:

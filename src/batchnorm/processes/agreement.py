@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from batchnorm.processes.collectives import gathered
 from batchnorm.processes.layer_names import path_of
 from batchnorm.processes.membership import members
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PROTOCOL = 1  # changes with the contents of the messages
 _BYTES, _DIGEST = 512, 8
@@ -40,7 +43,7 @@ class LayerInGroup:
         compared: The directions, "forward" and "backward", in which all ranks had the same description.
     """
 
-    group: Any
+    group: ProcessGroup
     name: str
     description: str
     compared: set[str] = field(default_factory=set)
@@ -68,7 +71,7 @@ _layers: weakref.WeakKeyDictionary[nn.Module, LayerInGroup] = weakref.WeakKeyDic
 _numbers: Counter[str] = Counter()  # of layers that all ranks have in common, by the name of a group
 
 
-def layer_in_group(layer: Any, group: Any) -> LayerInGroup:
+def layer_in_group(layer: nn.Module, group: ProcessGroup) -> LayerInGroup:
     """The layer as it was described at its first call in this group."""
     found = _layers.get(layer)
     if found is None or found.group is not group:
@@ -91,7 +94,7 @@ def about_difference(ranks: list[int], texts: list[str]) -> str:
     )
 
 
-def _described(layer: Any, group: Any) -> LayerInGroup:
+def _described(layer: nn.Module, group: ProcessGroup) -> LayerInGroup:
     """A layer by its path, or by its number in the group if no module calls it."""
     path, kind = path_of(layer), f"{type(layer).__name__}({layer.num_features})"
     number = _numbers[group.group_name] + 1

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from batchnorm.processes.failures import about_failure
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _log = logging.getLogger("batchnorm.processes")
 
 
-def gathered(values: Tensor, group: Any, name: str, direction: str) -> Tensor:
+def gathered(values: Tensor, group: ProcessGroup, name: str, direction: str) -> Tensor:
     """``values`` (K,) of every rank: (ranks, K), in rank order; without gradient.
 
     Args:
@@ -42,7 +45,7 @@ _all_gather: Any = getattr(distributed, "all_gather_single", None) or getattr(
 )
 
 
-def recorded(values: Tensor, group: Any) -> Tensor:
+def recorded(values: Tensor, group: ProcessGroup) -> Tensor:
     """As ``gathered``, as operators of a program of torch.compile: differentiable, and with torch's own errors."""
     from torch.distributed import _functional_collectives as functional
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor, distributed
@@ -29,6 +29,9 @@ from batchnorm.moments import merged
 from batchnorm.processes.agreement import LayerInGroup, layer_in_group
 from batchnorm.processes.collectives import gathered, recorded
 from batchnorm.processes.membership import NamedGroup, ranks_in_words
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # tensors of several ranks, each (ranks, C)
 Stack = tuple[Tensor, ...]
@@ -122,7 +125,7 @@ class Exchange:
         own: The layer, as the ranks of the group compare it; None in a program, which does not compare.
     """
 
-    def __init__(self, group: Any, size: int, own: LayerInGroup | None) -> None:
+    def __init__(self, group: ProcessGroup, size: int, own: LayerInGroup | None) -> None:
         self.group, self.size, self.own = group, size, own
 
     def union(self, own: Measured) -> Measured:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import distributed
 
 from batchnorm.processes.membership import members
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
 _SECONDS = 1.0  # how long a rank waits for the reports of the others
 
 
-def about_failure(group: Any, name: str, direction: str, error: Exception) -> str:
+def about_failure(group: ProcessGroup, name: str, direction: str, error: Exception) -> str:
     """The text of the error of a rank whose collective failed.
 
     Args:
@@ -31,7 +34,7 @@ def about_failure(group: Any, name: str, direction: str, error: Exception) -> st
     )
 
 
-def _about_reports(ranks: list[int], rank: int, name: str, group: Any) -> str:
+def _about_reports(ranks: list[int], rank: int, name: str, group: ProcessGroup) -> str:
     """Which ranks told the store within ``_SECONDS`` that an exchange of theirs failed too."""
     try:
         store = distributed.distributed_c10d._get_default_store()
@@ -46,7 +49,7 @@ def _about_reports(ranks: list[int], rank: int, name: str, group: Any) -> str:
     return f"Rank{'s' if len(silent) > 1 else ''} {numbers} did not report a failure within {_SECONDS:g} s."
 
 
-def _silent(store: Any, keys: dict[int, str]) -> list[int]:
+def _silent(store: Store, keys: dict[int, str]) -> list[int]:
     """The ranks whose reports did not come; if the host of the store ends meanwhile, as far as is known by then."""
     end = time.monotonic() + _SECONDS
     silent = [rank for rank, key in keys.items() if not store.check([key])]

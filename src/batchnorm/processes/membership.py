@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import distributed, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def check_process_group(group: object) -> None:
@@ -44,7 +47,7 @@ def is_synchronized(layer: nn.Module) -> bool:
     return isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "_sync", False) is True
 
 
-def members(group: Any) -> list[int]:
+def members(group: ProcessGroup) -> list[int]:
     """The global ranks of a group, in the order of their ranks in the group."""
     return distributed.get_process_group_ranks(group)
 
@@ -70,12 +73,12 @@ class NamedGroup:
         group: The process group.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group: Any = group
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group: ProcessGroup | None = group
         self.name, self.ranks = group.group_name, members(group)
 
     @staticmethod
-    def of(group: Any) -> NamedGroup:
+    def of(group: ProcessGroup | NamedGroup) -> NamedGroup:
         """A group by its name; a group that is one already stays the same object."""
         return group if isinstance(group, NamedGroup) else NamedGroup(group)
 
@@ -95,9 +98,9 @@ class NamedGroup:
         return f"<ranks {', '.join(map(str, self.ranks))} of another run>"
 
 
-def _registered(name: str, ranks: list[int]) -> Any:
+def _registered(name: str, ranks: list[int]) -> ProcessGroup | None:
     try:
-        group: Any = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        group: ProcessGroup = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
         return group if members(group) == ranks else None
     except (LookupError, RuntimeError, ValueError):
         return None

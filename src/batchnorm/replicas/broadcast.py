@@ -47,7 +47,9 @@ def broadcast_statistics(model: nn.Module, src: int = 0, group: torch.distribute
         write(tensor, part.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device))
 
 
-def _require_same_shapes(ranks: list[int], layers: dict[str, nn.Module], group: object) -> None:
+def _require_same_shapes(
+    ranks: list[int], layers: dict[str, nn.Module], group: torch.distributed.ProcessGroup | None
+) -> None:
     of_ranks = of_all_ranks(described(layers, with_bits=False), ranks, group)
     found = tuple(each for each in differences(of_ranks) if each.what != "class")
     absent = [(p.path, name, c.absence) for own in of_ranks for p in own for name, c in p.tensors.items() if c.absence]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,6 +13,9 @@ from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.tensor_memory import absence
 from batchnorm.processes import check_process_group
 from batchnorm.surgery.replacement import find
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STORED = ("running_mean", "running_var", "num_batches_tracked")
 _TENSORS = (*STORED, "weight", "bias")
@@ -51,7 +54,7 @@ class Description(NamedTuple):
     tensors: dict[str, Content]
 
 
-def ranks_of(group: Any, caller: str) -> list[int]:
+def ranks_of(group: ProcessGroup | None, caller: str) -> list[int]:
     """The ranks of a group; [0] without a process group.
 
     Raises:
@@ -104,10 +107,10 @@ def bits(tensor: Tensor) -> Tensor:
     return local.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def of_all_ranks(value: Any, ranks: list[int], group: Any) -> list[Any]:
+def of_all_ranks(value: object, ranks: list[int], group: ProcessGroup | None) -> list[Any]:
     """The values of all ranks, of any size, in rank order; every rank must call this."""
     if len(ranks) == 1:
         return [value]
-    values: list[Any] = [None] * len(ranks)
+    values: list[object] = [None] * len(ranks)
     distributed.all_gather_object(values, value, group=group)
     return values

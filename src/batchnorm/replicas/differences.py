@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def _alike(contents: list[Content]) -> tuple[str, ...]:
     return tuple(f"version {1 + versions.index(content.digest)}" for content in contents)
 
 
-def _measured(difference: Difference, tensors: list[Any]) -> Difference:
+def _measured(difference: Difference, tensors: list[Tensor]) -> Difference:
     if difference.largest is None:
         return difference
     first, *others = tensors

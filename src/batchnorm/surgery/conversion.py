@@ -208,7 +208,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     fusion.unfuse(model)
     stop_saving(model)
     _change_lazy(model, _THEIRS_LAZY)
-    layers: dict[Any, Any] = {layer: layer._process_group for layer in find(model).values() if is_ours(layer)}
+    layers: dict[_BatchNorm, Any] = {layer: layer._process_group for layer in find(model).values() if is_ours(layer)}
     replace(model, lambda _, layer: _remade(layer, _THEIRS.get(written_kind(layer))), inplace=True)
     for layer, group in layers.items():
         _narrow_statistics(layer)
@@ -301,7 +301,7 @@ def _as_ours(layer: _BatchNorm, synchronized_kind: type | None = None) -> _Batch
     return _remade(layer, OURS.get(kind))
 
 
-def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], answers: dict[str, Any]) -> None:
+def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], answers: dict[str, object]) -> None:
     reasons = {
         path: reason
         for path, reason in answers.items()

@@ -316,7 +316,7 @@ class _Tracer(Tracer):
     def proxy(self, node: Node) -> Proxy:
         return _Value(node, self)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+    def create_node(self, *args: Any, **kwargs: object) -> Node:
         if surroundings() != self._surroundings:
             raise TraceError("its forward runs operations inside of a context such as no_grad, autocast or checkpoint")
         return super().create_node(*args, **kwargs)

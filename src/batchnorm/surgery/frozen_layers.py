@@ -28,7 +28,7 @@ def is_frozen_class(layer: nn.Module) -> bool:
     return is_of_others(layer) and measures(layer) == "nothing" and not isinstance(layer, Frozen)
 
 
-def as_ours(layer: Any) -> _BatchNorm | None:
+def as_ours(layer: nn.Module) -> _BatchNorm | None:
     """A frozen layer of ours with the same settings; None if the layer is not batch norm with these tensors alone."""
     eps = eps_of(layer)
     kind = _kind_of(layer, eps)
@@ -44,7 +44,7 @@ def as_ours(layer: Any) -> _BatchNorm | None:
     return freeze(new, affine=True)
 
 
-def without_counter(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def without_counter(state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """A hook of ``load_state_dict``: removes the counter that torch's layers add to states of older versions."""
     state_dict.pop(f"{prefix}num_batches_tracked", None)
 
@@ -57,7 +57,7 @@ def why_not(layer: nn.Module) -> str:
     )
 
 
-def _kind_of(layer: Any, eps: float) -> type | None:
+def _kind_of(layer: nn.Module, eps: float) -> type | None:
     """The class for the inputs that the layer accepts; None if it does not compute batch norm with its tensors."""
     for rank, coefficients in responses_of(layer).items():
         if _is_batch_norm(layer, eps, *coefficients):
@@ -65,7 +65,7 @@ def _kind_of(layer: Any, eps: float) -> type | None:
     return None
 
 
-def _is_batch_norm(layer: Any, eps: float, scale: Tensor, shift: Tensor) -> bool:
+def _is_batch_norm(layer: nn.Module, eps: float, scale: Tensor, shift: Tensor) -> bool:
     mean, var = (getattr(layer, name).detach().double().cpu() for name in ("running_mean", "running_var"))
     gamma, beta = (
         None if (t := getattr(layer, key)) is None else t.detach().double().cpu() for key in ("weight", "bias")
@@ -84,7 +84,7 @@ def attributes_of(layer: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if name not in vars(nn.Module())}
 
 
-def restore(layer: Any, kind: type, attributes: Mapping[str, Any], buffers: tuple[str, ...]) -> None:
+def restore(layer: nn.Module, kind: type, attributes: Mapping[str, Any], buffers: tuple[str, ...]) -> None:
     """Give a layer its former frozen class, attributes and buffers back, in place, with the present numbers."""
     own, tensors = vars(layer), {**layer._parameters, **layer._buffers}
     ours = {*vars(nn.BatchNorm2d(1, device="meta")), *vars(freeze(nn.BatchNorm2d(1, device="meta"), affine=True))}

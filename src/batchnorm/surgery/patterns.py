@@ -136,7 +136,7 @@ def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
     chain = [module]
     while is_chain(chain[-1]) and chain[-1]._modules and not is_watched(chain[-1]):
         chain.append([*chain[-1].children()][-1])
-    layer: Any = chain[-1]
+    layer: nn.Module = chain[-1]
     can_fuse = is_ours(layer) and layer._act is None and not is_watched(layer) and "forward" not in vars(layer)
     return tuple(chain) if can_fuse else ()
 

@@ -34,7 +34,7 @@ Fused = tuple[tuple[tuple[str, ...], str], ...]
 MARK = "_act_was_fused"  # an attribute of layers whose activation came from fusion
 
 
-def applied_by(module: Any) -> str | None:
+def applied_by(module: nn.Module) -> str | None:
     """The activation that a module of this package applies to its result; None for other modules."""
     if isinstance(module, LAYERS):
         return module._act
@@ -237,12 +237,12 @@ def _rewritten_class(kind: type, train: Code, evaluate: Code, fused: Fused = ())
     return type(f"Fused{kind.__name__}", (Rewritten, kind), namespace | {"forward": forward})
 
 
-def _forward(kind: Any, train: Code, evaluate: Code, fused: Fused) -> Any:
+def _forward(kind: Any, train: Code, evaluate: Code, fused: Fused) -> object:
     in_train = train.compiled()
     in_eval = in_train if train == evaluate else evaluate.compiled()
 
     @wraps(in_train)  # for its signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> Any:
         applied = [is_applied(self, path, act) for path, act in fused]
         if all(applied):
             return (in_train if self.training else in_eval)(self, *args, **kwargs)

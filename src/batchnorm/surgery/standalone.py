@@ -86,7 +86,7 @@ def make_standalone(model: nn.Module, remaining: Remaining, example: Batch) -> N
         warnings.warn(f"for_export left batch norm as it is: {as_sentence(stayed)}.", UserWarning, stacklevel=3)
 
 
-def _map_of(layer: Any) -> Affine | str:
+def _map_of(layer: _BatchNorm) -> Affine | str:
     """The map of a layer in eval mode; a text with the reason if it is no such map."""
     if isinstance(layer, _BatchNorm) and not has_stored_statistics(layer):
         return "has no stored statistics, so that eval mode uses the batch"
@@ -98,7 +98,7 @@ def _map_of(layer: Any) -> Affine | str:
     return Affine(*coefficients)
 
 
-def _is_by_formula(layer: Any) -> bool:
+def _is_by_formula(layer: _BatchNorm) -> bool:
     """Whether a layer of ours computes batch norm alone: no activation, and no weight of an example's own moments."""
     return layer.act is None and not layer.own_weight
 
@@ -121,7 +121,7 @@ def _module(layer: Any, known: Affine, rank: int) -> nn.Module:
     return new.eval()
 
 
-def _ranks_of(model: nn.Module, layers: dict[str, Any], example: Batch) -> dict[str, int]:
+def _ranks_of(model: nn.Module, layers: dict[str, object], example: Batch) -> dict[str, int]:
     """The number of axes of each layer's inputs, by the layer's class or by the example; 0 if there are several."""
     known = {path: _RANKS[kind] for path, layer in layers.items() for kind in _RANKS if isinstance(layer, kind)}
     if known.keys() == layers.keys():

@@ -297,7 +297,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._report = report
 
-    def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Arguments = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _MEASURE_BATCHES and (kwargs["training"] if "training" in kwargs else args[5:6] == (True,)):
             self._report()
@@ -335,7 +335,7 @@ def _sizes(data: Batch, wanted: int | None) -> tuple[int | None, int | None]:
     return wanted, None
 
 
-def _length(source: Any) -> int | None:
+def _length(source: object) -> int | None:
     """The length of a data set or sampler; None if it has none, as a streamed data set."""
     if not isinstance(source, Sized):
         return None

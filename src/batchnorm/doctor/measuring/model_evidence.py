@@ -28,7 +28,7 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyS
 
 
 def of_model(
-    model: nn.Module, data: Iterable[Batch] | None, *, example: Batch, optimizer: Any, batch_size: int | None,
+    model: nn.Module, data: Iterable[Batch] | None, *, example: Batch, optimizer: object, batch_size: int | None,
     accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
 ) -> tuple[Evidence, str]:  # fmt: skip
     """Evidence about a model; and a description of the data such as "512 examples in 8 batches", "" without data."""
@@ -154,7 +154,7 @@ def _wrapper(module: nn.Module) -> str:
     return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), "")
 
 
-def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
+def optimizer_of(model: nn.Module, optimizer: object) -> Optimizer:
     """The weight decay of an optimizer on gamma and beta, and the layers whose parameters it lacks."""
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):

@@ -135,7 +135,7 @@ def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[a
     return norms
 
 
-def _norms(before: Any) -> array[float] | None:
+def _norms(before: object) -> array[float] | None:
     """Norm of the weights of each output channel; None if it is not a convolution or linear layer, or has no values."""
     if not isinstance(before, _BIASED) or before.weight.is_meta:
         return None
@@ -164,7 +164,7 @@ def _behind(call: Node, layer: nn.Module | None) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def applied_by(layer: Any) -> str:
+def applied_by(layer: object) -> str:
     """The activation that a layer applies itself: the name or module in its attribute ``act``; "" without any."""
     act = getattr(layer, "act", None)
     return (
@@ -247,10 +247,10 @@ def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[A
     return None
 
 
-def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: object) -> bool:  # noqa: ARG001
+def _drops(p: object = 0.5, training: object = True, inplace: object = False, **_: object) -> bool:  # noqa: ARG001
     """Whether a call of torch's dropout function with these arguments drops anything."""
     return p != 0 and training is not False
 
 
-def _module(node: Node | Any) -> nn.Module | None:
+def _module(node: object) -> nn.Module | None:
     return node.meta.get("module") if isinstance(node, torch.fx.Node) else None

@@ -62,7 +62,7 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
     torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
 
 
-def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
+def _places(saved: object) -> Iterator[tuple[Keys, Place]]:
     """The place of each tensor, with the keys that lead to it. An object that occurs twice is visited once."""
     # in the order of the checkpoint's reader, so that a dict that occurs twice gets the same keys as there
     waiting: list[tuple[Keys, Any]] = [((), saved)]
@@ -101,7 +101,7 @@ def _is_same(a: Edit | None, b: Edit | None) -> bool:
     return a.values is b.values or repr(a.values) == repr(b.values)
 
 
-def _apply(edit: Edit, saved: Any, places: dict[Keys, Place], new_tensors: dict[int, Tensor]) -> None:
+def _apply(edit: Edit, saved: object, places: dict[Keys, Place], new_tensors: dict[int, Tensor]) -> None:
     if edit.values is None:
         _count(edit, saved, places)
         return
@@ -117,7 +117,7 @@ def _apply(edit: Edit, saved: Any, places: dict[Keys, Place], new_tensors: dict[
         container[key] = new_tensors[id(old)]
 
 
-def _count(edit: Edit, saved: Any, places: dict[Keys, Place]) -> None:
+def _count(edit: Edit, saved: object, places: dict[Keys, Place]) -> None:
     """Set a counter; in place if it is a tensor of one number, so that tensors that share its memory change too."""
     kind = getattr(torch, edit.dtype)
     if edit.key in places:
@@ -134,7 +134,7 @@ def _module(name: object) -> str:
     return str(name).rpartition(".")[0]
 
 
-def _insert(container: dict, name: Any, tensor: Tensor) -> None:
+def _insert(container: dict, name: object, tensor: Tensor) -> None:
     """Put a tensor under its name: in its old place, or after the last tensor of the layer as torch does; else last."""
     if name in container:
         container[name] = tensor
@@ -160,7 +160,7 @@ def _take_off(state: dict, prefix: str) -> None:
         mapping.update((_without(key, prefix), value) for key, value in items)
 
 
-def _without(key: Any, prefix: str) -> Any:
+def _without(key: object, prefix: str) -> object:
     if not isinstance(key, str):
         return key
     return "" if f"{key}." == prefix else key.removeprefix(prefix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import NoneType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def treat(
-    model: Model, diagnosis: Diagnosis | None = None, data: Iterable[Any] | None = None, *, unsafe: bool = False
+    model: Model, diagnosis: Diagnosis | None = None, data: Iterable[object] | None = None, *, unsafe: bool = False
 ) -> Model:
     """A copy of the model in which the findings of a diagnosis are mended, as far as they can be.
 
@@ -173,7 +173,7 @@ def _runs_with(layer: nn.Module, dtype: torch.dtype) -> bool:
     return True
 
 
-def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *, again: bool) -> None:
+def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[object], *, again: bool) -> None:
     """Measure the statistics of sick layers on data, in place, until no other layer is found sick.
 
     Args:
@@ -204,7 +204,7 @@ def _to_measure(findings: Iterable[Finding], known: set[str]) -> set[str]:
     return known if "" in named else named & known
 
 
-def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
+def _measure(model: nn.Module, sick: set[str], data: Iterable[object]) -> None:
     """Measure exact statistics of sick layers on a copy, with all other layers frozen; then copy them back."""
     patient = duplicate(model, "treat", "Use batchnorm.recalibrate").eval()
     for path, layer in batch_norms(patient).items():

@@ -218,7 +218,7 @@ def _category(frame: _Frame) -> dict[str, Any]:
     # a label of two lines is centred if the bottom of its first line is in the middle
     baseline = alt.condition("indexof(datum.value, '\\n') >= 0", alt.value("bottom"), alt.value("middle"))
     axis = alt.Axis(labelLimit=0, labelColor="var(--ink)", labelPadding=8, labelBaseline=baseline)
-    place: dict[str, Any] = {"y": alt.Y("label:N", title=None, sort=labels, scale=lanes, axis=axis)}
+    place: dict[str, object] = {"y": alt.Y("label:N", title=None, sort=labels, scale=lanes, axis=axis)}
     if _lanes(frame.chart) > 1:
         place["yOffset"] = alt.YOffset("series:N", scale=alt.Scale(domain=list(frame.looks)))
     return place

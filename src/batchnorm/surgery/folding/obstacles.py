@@ -72,7 +72,7 @@ def _absent(layer: nn.Module) -> str | None:
     return next((f"has a {name} that {why}" for name, t in own.items() if t is not None and (why := absence(t))), None)
 
 
-def about_pair(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:
+def about_pair(facts: ModelFacts, layer: _BatchNorm, partner: nn.Module, position: Position) -> str | None:
     """Why a layer cannot be folded into this neighbour; None if it can."""
     if reason := about_partner(facts, partner, position):
         return reason
@@ -138,7 +138,7 @@ def _about_order(facts: ModelFacts, node: Node, partner_node: Node, position: Po
     return None if following is partner_node else "runs after other code, which may overwrite the layer's input"
 
 
-def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:
+def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: nn.Module, position: Position) -> str | None:
     """Why the channels of both layers are not on the same axis; None if they are."""
     count = channels(partner, position)
     verb = "makes" if position == "before" else "reads"
