@@ -115,6 +115,7 @@ def left_alone() -> dict[str, nn.Module]:
     parametrize.register_parametrization(parametrized, "weight", Square())
     own_forward.forward = partial(torch.mul, other=2)
     return {
+        "lazy": nn.LazyBatchNorm2d(),
         "subclass": OwnNorm(3),
         "parametrized": parametrized,
         "own forward": own_forward,
