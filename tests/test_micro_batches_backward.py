@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import random
@@ -568,3 +569,76 @@ def test_an_input_that_is_changed_in_place_is_refused():
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         bn.step_backward(Overwriting(), torch.randn(16, 5).split(8), total)
+
+
+class Bracketed(Shared):
+    """A model that multiplies a layer's input by its own first column, by means that last for a forward."""
+
+    def __init__(self, means):
+        super().__init__()
+        self.means = [means]
+
+    def forward(self, x):
+        scale = x[:, :1]
+        if bool((scale == 1).all()):
+            return super().forward(x)
+        with self.means[0](self.second, scale):
+            return super().forward(x)
+
+
+@contextlib.contextmanager
+def by_hook(module, scale):
+    handle = module.register_forward_hook(lambda _, __, y: y * scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def by_hook_of_all(module, scale):
+    handle = nn.modules.module.register_module_forward_hook(lambda m, _, y: y * scale if m is module else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def by_attribute(module, scale):
+    module.forward = lambda x: nn.Linear.forward(module, x) * scale
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@pytest.mark.parametrize(
+    ("means", "ones"),  # examples whose forward has no such means; attributes are watched in the first micro-batch
+    [(by_hook, 0), (by_hook, 8), (by_hook, 22), (by_hook_of_all, 0), (by_hook_of_all, 8), (by_attribute, 0)],
+)
+def test_what_lasts_for_a_forward_does_not_reach_other_forwards(means, ones):
+    x = torch.randn(32, 5, dtype=D)
+    x[:ones, 0] = 1
+    check(Bracketed(means).double(), x, [8, 14, 10])
+
+
+@parts_held
+def test_padding_in_the_forward(segments):
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), BatchNorm1d(4), nn.Conv1d(4, 3, 3), BatchNorm1d(3)).double()
+    lengths, x = torch.randint(3, 9, (12,)), torch.randn(12, 3, 8, dtype=D)
+
+    def padded(model, micro):
+        with bn.padding(model, micro[1]):
+            return model(micro[0])
+
+    whole = copy.deepcopy(model)
+    loss = padded(whole, (x, lengths)).pow(3).sum()
+    loss.backward()
+    micros = list(zip(x.split(5), lengths.split(5), strict=True))
+    found = bn.step_backward(
+        model, micros, lambda y, _: y.pow(3).sum(), forward=padded, reduction="sum", segments=segments
+    )
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12 * float(theirs.grad.norm() + 1))

@@ -102,6 +102,27 @@ def test_each_batch_runs_once_and_the_first_ones_again():
     assert Counting.begun == 5 + 1 + 2
 
 
+class Scaled(Stack):
+    """A hook that lasts for a forward multiplies results by a number of the batch; not in batches of 5."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 5:
+            return super().forward(x)
+        handle = self.linears[1].register_forward_hook(lambda _, __, y: y * len(x))
+        try:
+            return super().forward(x)
+        finally:
+            handle.remove()
+
+
+@pytest.mark.parametrize("sizes", [(4, 3, 6), (5, 5, 3, 4)])
+def test_hooks_that_last_for_a_forward_do_not_reach_others(sizes):
+    assert both_ways(Scaled(), rows(*sizes)) in (
+        "the model changes its own attributes in a forward",
+        "a forward attaches or removes hooks",
+    )
+
+
 # memory
 
 

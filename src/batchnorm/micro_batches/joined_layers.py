@@ -152,13 +152,22 @@ class _Part:
 
 @final
 class OwnMoments:
-    """A forward whose sites are normalized by the micro-batch alone: it finds the sites."""
+    """A forward whose sites are normalized by the micro-batch alone: it finds the sites.
+
+    Args:
+        look: Called at each site.
+    """
+
+    def __init__(self, look: Callable[[], None] | None = None) -> None:
+        self._look = look
 
     def train(
         self, site: LayerCall, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, options: Options
     ) -> tuple[Tensor, Measured]:
         """As ``kernels.train_sample``, without other processes."""
         site.moves = False
+        if self._look is not None:
+            self._look()
         return kernels.train_sample(x, sample, layer, residual, adjust=options.get("adjust"))
 
 

@@ -7,7 +7,7 @@ The forwards of all micro-batches wait at a site until its moments are known, ea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from batchnorm.micro_batches.added_moments import AddedMoments
 from batchnorm.micro_batches.joined_layers import JoinedModel, LayerCall, OwnMoments, StepMoments
-from batchnorm.population.lock_step import greenlets, why_not
-from batchnorm.population.model_marks import ModelMarks
+from batchnorm.population.lock_step import UnsuitedError, greenlets, why_not
+from batchnorm.population.model_marks import HookMarks, ModelMarks
 from batchnorm.population.observation import EndForward
 from batchnorm.population.state_shield import random_state, random_states
 from batchnorm.population.stored_statistics import put
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from batchnorm.kernels import Measured
 
     PutBack = Callable[[], None]  # puts random states back
+    # moments of a micro-batch at the first site without a total
+    Forwards = AbstractContextManager[Callable[[int], Measured | None]]
 
 
 @final
@@ -61,20 +63,44 @@ def measure_step(joined: JoinedModel) -> RandomStarts:
     """
     with torch.no_grad(), _kept_buffers(joined):
         starts = RandomStarts(joined)
-        forwards = _restarted(joined, starts) if starts.why_not else _waiting(joined, starts)
-        with forwards as advance:
-            for site in joined.sites:
-                site.total = _sum_of(site, [advance(micro) for micro in range(len(joined.micros))])
+        if not _is_measured_waiting(joined, starts):
+            _measure(joined, _restarted(joined, starts))
     torch.clear_autocast_cache()  # its casts of parameters were made without gradients
     return starts
+
+
+def _is_measured_waiting(joined: JoinedModel, starts: RandomStarts) -> bool:
+    """Measure all sites by forwards that wait; False if they may not, also if a later one shows it."""
+    if starts.why_not:
+        return False
+    try:
+        with _kept_buffers(joined):
+            _measure(joined, _waiting(joined, starts))
+    except UnsuitedError:
+        return False
+    return True
+
+
+def _measure(joined: JoinedModel, forwards: Forwards) -> None:
+    for site in joined.sites:
+        site.total = None
+    with forwards as advance:
+        for site in joined.sites:
+            site.total = _sum_of(site, [advance(micro) for micro in range(len(joined.micros))])
 
 
 def _survey(joined: JoinedModel) -> str:
     """Find the sites by the first micro-batch; why its forward may not wait, or ""."""
     marks, settings = ModelMarks(joined.model), shared_settings()
-    joined.forward(0, OwnMoments())
-    if not marks.are_same() or shared_settings() != settings:
-        return "the model changes its own attributes, or settings of the process, in a forward"
+    seen: list[bool] = []  # at each site and behind the last: whether all is as before
+
+    def look() -> None:
+        seen.append(marks.are_same() and shared_settings() == settings)
+
+    joined.forward(0, OwnMoments(look))
+    look()
+    if not all(seen):
+        return "the model changes its own attributes or hooks, or settings of the process, in a forward"
     return why_not(joined.model)
 
 
@@ -145,6 +171,7 @@ class _WaitingForward:
 
     def __init__(self, joined: JoinedModel, micro: int, starts: RandomStarts) -> None:
         self._joined, self._micro, self._starts = joined, micro, starts
+        self._hooks, self._is_suited = HookMarks(joined.model), True
         self._run, self._modes = StepMoments(self._wait), Modes.now()
         self._loop: Any = greenlets().getcurrent()
         self._greenlet: Any = greenlets().greenlet(partial(joined.forward, micro, self._run))
@@ -152,7 +179,11 @@ class _WaitingForward:
         self._put_back, self._passed = starts.before[micro], -1
 
     def advance(self) -> Measured | None:
-        """Run until the next site without a total; None if the forward ends before."""
+        """Run until the next site without a total; None if the forward ends before.
+
+        Raises:
+            UnsuitedError: If hooks of this forward would work in the others too.
+        """
         self._run.own = None
         if self._greenlet.dead:
             return None
@@ -161,6 +192,8 @@ class _WaitingForward:
         self._passed += 1
         self._joined.resume(self._micro, self._run, self._passed)
         self._greenlet.switch()
+        if not self._is_suited:
+            raise UnsuitedError("a forward attaches or removes hooks")
         if self._starts.are_drawn:
             self._put_back = random_states()
         return self._run.own
@@ -172,5 +205,6 @@ class _WaitingForward:
                 self._greenlet.throw(EndForward)
 
     def _wait(self, _: StepMoments) -> None:
+        self._is_suited = self._hooks.are_same()
         with self._modes.on():
             self._loop.switch()

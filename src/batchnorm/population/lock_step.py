@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from batchnorm.population.held_memory import HeldMemory
 from batchnorm.population.hooks import seeing
-from batchnorm.population.model_marks import ModelMarks
+from batchnorm.population.model_marks import HookMarks, ModelMarks
 from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state, random_state
@@ -112,7 +112,7 @@ class LockStep:
         self._view, self._stored, self._memory = observation, stored, memory
         self._loop = greenlets().getcurrent()  # starts the forwards, and continues when one waits
         self._thread = threading.get_ident()
-        self._modes = Modes.now()
+        self._modes, self._hooks = Modes.now(), HookMarks(observation.model)
         self._forwards: list[_Forward] = []
         self._running: _Forward | None = None
         self._copies: list[Batch] = []  # of the batches that run again
@@ -130,6 +130,7 @@ class LockStep:
         """
         try:
             with seeing(self._view.layers, self._enter, without_padding=True):
+                self._hooks = HookMarks(self._view.model)
                 self._begin()
                 state = random_state()
                 self._go_on(finish)
@@ -223,6 +224,7 @@ class LockStep:
             raise EndForward
         self._require_thread()
         self._require(path not in forward.digests, f"a forward enters {path!r} more than once")
+        self._require(self._hooks.are_same(), "a forward attaches or removes hooks")
         self._require(path not in self._finished, "forwards enter the layers in orders that contradict each other")
         forward.at, forward.part = path, InputMoments.of(x)
         forward.digests[path] = digest(x, forward.part) if forward.index < _BATCHES_CHECKED else ()

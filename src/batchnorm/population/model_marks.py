@@ -1,8 +1,9 @@
-"""Model marks: whether a forward pass changes the model that runs it."""
+"""Model marks: whether a forward pass changes the model that runs it, or its hooks."""
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -10,8 +11,34 @@ from torch import Tensor, nn
 
 
 @final
+class HookMarks:
+    """Records the hooks of a model's modules and those of all modules, to see whether a pass attaches or removes some.
+
+    A comparison takes microseconds, so it can be made wherever a forward waits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = [vars(module) for module in model.modules()]
+        everywhere = vars(nn.modules.module)
+        self._holders = [
+            value
+            for holder in (*own, everywhere)
+            for name, value in holder.items()
+            if "_hooks" in name and isinstance(value, dict)
+        ]
+        self._before = self._now()
+
+    def are_same(self) -> bool:
+        """Whether the hooks are those of the start."""
+        return self._now() == self._before
+
+    def _now(self) -> tuple[object, ...]:
+        return tuple(chain.from_iterable(self._holders))  # of handles: no number is used twice
+
+
+@final
 class ModelMarks:
-    """Records the objects in a model, to see whether a pass replaces them, writes to them, or uses its generators."""
+    """Records a model, to see whether a pass replaces or writes to its objects, draws numbers, or changes its hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: list[Any] = []
@@ -19,11 +46,12 @@ class ModelMarks:
         self._generators: list[torch.Generator] = []
         self._alive: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
         self._collect(model)
+        self._hooks = HookMarks(model)
         self._before = self._now()
 
     def are_same(self) -> bool:
         """Whether the objects are as they were at the start."""
-        return self._now() == self._before
+        return self._hooks.are_same() and self._now() == self._before
 
     def _collect(self, model: nn.Module) -> None:
         visited = self._alive
