@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+import batchnorm as bn
 from batchnorm import recomputation
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
+from batchnorm.open_checkpoints import open_checkpoints
+from batchnorm.variants.renorm import Renorm
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -190,14 +196,121 @@ def test_each_repetition_finds_its_own_forward(use_reentrant):
         assert torch.equal(model.results[-1], first[k])
 
 
-def test_equal_batches_are_repeated_from_the_latest_to_the_first():
+@reentrant
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_equal_batches_find_their_own_forwards_in_every_order(use_reentrant, order):
     model = single()
     x, results = torch.randn(1, 3, dtype=torch.float64, requires_grad=True), []
     for _ in range(3):
-        results.append(checkpoint(model, x, use_reentrant=False))
+        results.append(checkpoint(model, x, use_reentrant=use_reentrant))
         model.layer(torch.randn(8, 3, dtype=torch.float64) * 3)
-    torch.stack(results).sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(model.results[:3], reversed(model.results[3:]), strict=True))
+    first, model.results = model.results, []
+    for k in order:
+        results[k].sum().backward()
+        assert torch.equal(model.results[-1], first[k])
+
+
+def renormed():
+    return BatchNorm1d(3, renorm=Renorm(rmax=3.0, dmax=5.0), momentum=0.5).double()
+
+
+def gradient_after(look, run):
+    """The gradient of a renorm layer's input if ``look`` gets the layer and the batch before the backward pass."""
+    torch.manual_seed(1)
+    layer, x = renormed(), torch.randn(8, 3, dtype=torch.float64).mul(3).add(4).requires_grad_()
+    y = run(layer, x)
+    look(layer, x)
+    y.pow(3).sum().backward()
+    return x.grad
+
+
+def look_without_gradients(layer, x):
+    with torch.no_grad():
+        layer(x)
+
+
+LOOKS = {
+    "no gradients": look_without_gradients,
+    "gradients": lambda layer, x: layer(x),
+    "probe": lambda layer, x: bn.probe(layer, x.detach()),
+    "another checkpoint": lambda layer, x: checkpoint(layer, x, use_reentrant=False),
+}
+
+
+@reentrant
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_another_forward_of_the_batch_is_not_taken_for_the_first(look, run, use_reentrant):
+    checked = RUNS["whole"](use_reentrant)
+    if run is RUNS["nested"]:
+        checked = lambda layer, x: checkpoint(  # noqa: E731
+            lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), x, use_reentrant=use_reentrant
+        )
+    elif run is not RUNS["sequential"]:
+        checked = run(use_reentrant)
+    assert torch.equal(gradient_after(look, checked), gradient_after(look, lambda layer, x: layer(x)))
+
+
+@reentrant
+def test_a_layer_called_twice_on_one_batch_is_repeated_in_order(use_reentrant):
+    def twice(layer, x):
+        return layer(x).pow(3) + layer(x).sin()
+
+    def run(layer, x):
+        return checkpoint(lambda x: twice(layer, x), x, use_reentrant=use_reentrant)
+
+    nothing = lambda layer, x: None  # noqa: E731
+    assert torch.equal(gradient_after(nothing, run), gradient_after(nothing, twice))
+
+
+class OwnCheckpoint(Function):
+    """A checkpoint of another library."""
+
+    @staticmethod
+    def forward(context, run, x):
+        context.run = run
+        context.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(context, grad):
+        x = context.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            context.run(x).backward(grad)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_checkpoints_of_other_libraries(look):
+    found = gradient_after(look, lambda layer, x: OwnCheckpoint.apply(layer, x))
+    assert torch.equal(found, gradient_after(look, lambda layer, x: layer(x)))
+
+
+@reentrant
+def test_what_a_checkpoint_keeps_leaves_with_its_graph(use_reentrant):
+    layer, kept = renormed(), []
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        y = layer(x)
+        kept.extend(weakref.ref(each) for c in open_checkpoints()[0] for each in vars(c)[recomputation._KEPT][layer])
+        return y
+
+    y = checkpoint(run, x, use_reentrant=use_reentrant)
+    assert [each() is not None for each in kept] == [True]
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert all(each() is None for each in kept)
+
+
+def test_without_a_checkpoint_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(recomputation, "_copies", None)
+    layer = renormed()
+    layer(torch.randn(8, 3, dtype=torch.float64, requires_grad=True))
+    with torch.no_grad():
+        layer(torch.randn(8, 3, dtype=torch.float64))
 
 
 def test_a_second_backward_finds_the_forward_again():
@@ -210,26 +323,12 @@ def test_a_second_backward_finds_the_forward_again():
     assert all(torch.equal(model.results[0], each) for each in model.results[1:])
 
 
-def test_kept_forwards_are_few_and_leave_with_their_layer():
-    model = single()
-    x = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
-    y = checkpoint(model, x, use_reentrant=False)
-    for _ in range(200):
-        model.layer(torch.randn(1, 3, dtype=torch.float64))
-    assert len(recomputation._forwards[model.layer].waiting) == recomputation._MOST_FORWARDS
-    with pytest.warns(RuntimeWarning, match="none of its latest 64 forwards had this batch"):
-        y.sum().backward()
-    assert copy.deepcopy(model.layer) not in recomputation._forwards
-    before = len(recomputation._forwards)
-    del model, y
-    assert len(recomputation._forwards) == before - 1
-
-
-def test_nothing_is_kept_of_usual_batches():
-    layer = BatchNorm1d(3, single_element="population")
-    layer(torch.randn(8, 3))
-    layer.eval()(torch.randn(1, 3))
-    assert layer not in recomputation._forwards
+def test_a_forward_that_repeats_nothing_warns():
+    layer = renormed()
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    x.register_hook(lambda grad: layer(x.detach()).sum() * grad)
+    with pytest.warns(RuntimeWarning, match="no first forward of a checkpoint had this batch"):
+        x.sum().backward()
 
 
 # --- compiled programs --------------------------------------------------------------------------------------
@@ -257,3 +356,25 @@ def test_a_checkpoint_inside_a_compiled_function():
         run = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), backend="aot_eager")
         run(x).square().sum().backward()
     assert layer.num_batches_tracked == 1
+
+
+@reentrant
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_outer", [False, True])
+@pytest.mark.parametrize(
+    ("options", "size"), [({"renorm": Renorm(rmax=3.0, dmax=5.0)}, 8), ({"single_element": "population"}, 1)]
+)
+def test_a_compiled_repetition_that_reads_stored_statistics_is_refused(is_outer, options, size, use_reentrant):
+    layer = BatchNorm1d(3, **options).double()
+    x = torch.randn(size, 3, dtype=torch.float64, requires_grad=True)
+
+    def checked(x, run=layer):
+        return checkpoint(lambda x: run(x).square(), x, use_reentrant=use_reentrant)
+
+    if is_outer:
+        y = torch.compile(checked, backend="aot_eager")(x)
+    else:
+        y = checked(x, torch.compile(layer, backend="aot_eager"))
+    with pytest.raises(RuntimeError, match="must not run again inside a backward pass"):
+        y.sum().backward()

@@ -154,7 +154,8 @@ def stored_for_one(layer: OwnLayer, measured: Measured, stored: ChannelStatistic
     """
     if layer._step is not None:
         _store(layer, stored, measured)
-    return ChannelStatistics(*first_values(layer, measured.statistics, lambda: stored))
+    present = tuple(map(kernels.snapshot, stored))
+    return ChannelStatistics(*first_values(layer, measured.statistics, lambda: present))
 
 
 def measured_one(x: Tensor, sample: Sample) -> Measured:

@@ -2,95 +2,82 @@
 
 Activation checkpointing drops the tensors between two layers and computes them again in the backward pass. The result
 has to be that of the first forward. Usually it depends on the batch alone; a value that depends on stored statistics as
-well is kept from the first forward, and is found by the moments of its batch, which are the same bits both times.
+well is kept with the checkpoint, as long as autograd keeps that, and is found there by the repetition: see
+``open_checkpoints``. Without a checkpoint nothing is kept.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from dataclasses import dataclass
+from typing import final
 from warnings import warn
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.kernels.choice import is_plain
 from batchnorm.kernels.repeated_forwards import is_repeated
+from batchnorm.open_checkpoints import open_checkpoints
 
-# Forwards of one layer that may wait for their backward passes: micro-batches in a pipeline, or calls in one forward
-_MOST_FORWARDS = 64
+_KEPT = "_batchnorm_first_values"  # an attribute of a checkpoint
 
 
 @final
-class _First(NamedTuple):
-    """One forward: the moments of its batch, and the values that it computed."""
+@dataclass(eq=False)
+class _First:
+    """One call of a layer in a first forward.
+
+    Args:
+        moments: The moments of its batch.
+        values: The values that it computed.
+        used_by: The backward pass that repeated it last; no pass is -1.
+    """
 
     moments: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-
-
-@final
-class _Forwards:
-    """The latest first forwards of one layer."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[_First] = deque(maxlen=_MOST_FORWARDS)
-        self.repeated: deque[_First] = deque(maxlen=_MOST_FORWARDS)
-
-    def take(self, moments: Sequence[Tensor]) -> _First | None:
-        """The latest forward with these moments; one that was not repeated yet comes first."""
-        for forwards in (self.waiting, self.repeated):
-            found = next((each for each in reversed(forwards) if _are_same(each.moments, moments)), None)
-            if found is not None:
-                if forwards is self.waiting:
-                    _drop(self.waiting, found)
-                    self.repeated.append(found)
-                return found
-        return None
-
-
-_forwards: WeakKeyDictionary[object, _Forwards] = WeakKeyDictionary()
+    used_by: int = -1
 
 
 def first_values(
-    layer: object, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: nn.Module, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """``compute()`` in a first forward; in its repetition inside a backward pass, the values of the first forward.
 
-    The values of the latest 64 forwards of a layer are kept, as copies. A compiler or a transform computes them anew.
+    A checkpoint keeps copies of the values of every call in it. A compiler or a transform computes them anew.
 
     Args:
-        layer: The layer, which is not changed; copies of it start without values.
-        moments: Tensors by which a batch is recognized, bit for bit; NaN is equal to NaN.
+        layer: The layer, which is not changed.
+        moments: Tensors by which a batch is recognized among those of a checkpoint, bit for bit; NaN is equal to NaN.
         compute: Returns the values, from stored statistics.
 
     Warns:
-        RuntimeWarning: If the first forward of a repetition is not among those that are kept: the values are new.
+        RuntimeWarning: If a forward inside a backward pass repeats none that is known: the values are new.
     """
     if not is_plain(*moments):
         return compute()
-    if is_repeated():
-        return _repeated(layer, moments, compute)
-    values = compute()
-    kept = _First(_copies(moments), _copies(values))
-    _forwards.setdefault(layer, _Forwards()).waiting.append(kept)
+    first, repeated = open_checkpoints()
+    values = _repeated(layer, repeated, moments, compute) if is_repeated() else compute()
+    for checkpoint in first:
+        kept = _First(_copies(moments), _copies(values))
+        vars(checkpoint).setdefault(_KEPT, {}).setdefault(layer, []).append(kept)
     return values
 
 
 def _repeated(
-    layer: object, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: nn.Module, checkpoint: object | None, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    forwards = _forwards.get(layer)
-    first = None if forwards is None else forwards.take(moments)
-    if first is not None:
-        return first.values
+    """The values of the first call of a checkpoint with these moments that this backward pass has not repeated yet."""
+    calls: list[_First] = [] if checkpoint is None else vars(checkpoint).get(_KEPT, {}).get(layer, [])
+    task = torch._C._current_graph_task_id()
+    found = next((each for each in calls if each.used_by != task and _are_same(each.moments, moments)), None)
+    if found is not None:
+        found.used_by = task
+        return found.values
     warn(
-        f"{type(layer).__name__} is computed again in a backward pass, and none of its latest "
-        f"{_MOST_FORWARDS} forwards had this batch: the result depends on stored statistics that may have moved since, "
-        "so gradients may be wrong. "
-        "Call backward() after fewer forwards, and keep preserve_rng_state=True.",
+        f"{type(layer).__name__} runs inside a backward pass, and no first forward of a checkpoint had this batch: the "
+        "result depends on stored statistics that may have moved since, so gradients may be wrong. Use "
+        "torch.utils.checkpoint, and keep preserve_rng_state=True.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -106,10 +93,3 @@ def _are_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
         x.shape == y.shape and x.dtype == y.dtype and torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _drop(forwards: deque[_First], first: _First) -> None:
-    """Remove one forward; deque.remove would compare tensors."""
-    kept = [each for each in forwards if each is not first]
-    forwards.clear()
-    forwards.extend(kept)

@@ -285,6 +285,13 @@ train_backward.register_vmap(_in_one_call(train_backward))
 
 
 def _snapshot(values: Tensor) -> Tensor:
+    if is_repeated():
+        raise RuntimeError(
+            "A compiled batch norm layer that reads stored statistics in train mode (renorm, or one value per channel "
+            "with single_element='population') must not run again inside a backward pass: they may have moved since "
+            "its forward. Leave the layer out of the activation checkpoint, leave out torch.compile, or leave out the "
+            "setting."
+        )
     return values.clone()
 
 
