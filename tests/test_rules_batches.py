@@ -248,6 +248,10 @@ def test_a_step_over_all_micro_batches_cures_accumulation():
     for micros, cured in ((2, False), (4, True)):
         batchnorm.step_backward(model, list(torch.randn(32, 3).chunk(micros)), lambda output, _: output.square().mean())
         assert bool(found()) is not cured
+    model(torch.randn(8, 3))  # a later step is again on a micro-batch
+    assert found()
+    batchnorm.step_backward(model, list(torch.randn(32, 3).chunk(4)), lambda output, _: output.square().mean())
+    assert not found()
 
 
 class Checkpointed(nn.Module):

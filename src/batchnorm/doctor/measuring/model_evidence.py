@@ -94,7 +94,7 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
         is_lazy=any(is_lazy(tensor) for tensor in tensors),
         is_sync=is_synchronized(layer),
         syncs_on_cpu=isinstance(layer, LAYERS),
-        joined=int(vars(layer).get("_joined", 1)),
+        joined=_joined(layer),
         skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
         held=isinstance(layer, Frozen),
         tells=isinstance(layer, nn.modules.batchnorm._NormBase) or hasattr(layer, "eps"),
@@ -102,6 +102,13 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
         where=_where(known, path),
         ignored=_codes(path, ignored),
     )
+
+
+def _joined(layer: nn.Module) -> int:
+    """Micro-batches that the layer's latest step normalized together; 1 after batches outside of ``step_backward``."""
+    count, then = vars(layer).get("_joined", (1, None))
+    now = getattr(layer, "num_batches_tracked", None)
+    return count if then is None or now is None or (not now.is_meta and int(now) == int(then)) else 1
 
 
 def _codes(path: str, ignored: Any) -> frozenset[str]:
