@@ -233,6 +233,74 @@ def test_torch_func_inside_a_step():
     check(layer, before, torch.cat(parts), 0.1)
 
 
+def preserved(model, batches):
+    with bn.preserve_state(model):
+        model(batches[0])
+
+
+LOOKS = {
+    "preserve_state": preserved,
+    "probe": lambda model, batches: bn.probe(model, batches[0]),
+    "examine": lambda model, batches: bn.examine(model, batches),
+    "tool in a tool": lambda model, batches: preserved(nn.Sequential(model), batches),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_tool_may_look_inside_a_step(look):
+    model = nn.Sequential(nn.Linear(3, 4), BatchNorm1d(4), nn.Linear(4, 4), BatchNorm1d(4)).double()
+    parts, alone = values(8, 5), copy.deepcopy(model)
+    stepped(alone, parts)
+    with bn.step(model):
+        model(parts[0])
+        look(model, [each * 5 + 3 for each in values(32, 32)])
+        model(parts[1])
+    for mine, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_tool_may_look_inside_a_loss_of_step_backward():
+    model = nn.Sequential(nn.Linear(3, 4), BatchNorm1d(4)).double()
+    parts, alone = values(8, 5), copy.deepcopy(model)
+    other = values(32)[0]
+
+    def loss(y, _):
+        bn.probe(model, other)
+        return y.pow(3).sum()
+
+    bn.step_backward(model, parts, loss, reduction="sum")
+    bn.step_backward(alone, parts, lambda y, _: y.pow(3).sum(), reduction="sum")
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_buffers_that_are_passed_move_in_place_of_the_layers_own():
+    layer = BatchNorm1d(3).double()
+    sets = [{name: t.clone() for name, t in layer.state_dict().items()} for _ in range(2)]
+    parts, before = values(8, 5, 6, 7), stored(layer)
+    with bn.step(layer):
+        for k, micro in enumerate(parts[:3]):
+            torch.func.functional_call(layer, sets[k % 2], (micro,))
+        layer(parts[3])
+        assert all(each["num_batches_tracked"] == 0 for each in sets)
+    check(layer, before, parts[3], 0.1)
+    for each, own in zip(sets, ([parts[0], parts[2]], [parts[1]]), strict=True):
+        expected = BatchNorm1d(3).double()
+        expected.load_state_dict(each)
+        check(expected, before, torch.cat(own), 0.1)
+
+
+def test_buffers_that_end_with_a_transform_are_refused():
+    layer, x = BatchNorm1d(3).double(), values(8)[0]
+
+    def loss(state):
+        return torch.func.functional_call(layer, state, (x,)).sum()
+
+    state = {name: t.clone() for name, t in layer.state_dict().items() if t.is_floating_point()}
+    with bn.step(layer), pytest.raises(RuntimeError, match="step needs buffers that stay"):
+        torch.func.grad(loss)(state)
+
+
 def test_an_ensemble_under_vmap_is_refused():
     layer = BatchNorm1d(3)
     with pytest.raises(RuntimeError, match=r"got an ensemble under torch.func.vmap"), bn.step(layer):

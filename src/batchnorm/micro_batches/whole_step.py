@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm import kernels
 from batchnorm.argument_types import require_module
 from batchnorm.kernels import Layer, Measured, Running, Sample
+from batchnorm.kernels.choice import is_plain
 from batchnorm.layers import require_ours
 from batchnorm.micro_batches.added_moments import AddedMoments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
@@ -35,8 +36,10 @@ def step(model: nn.Module) -> Iterator[nn.Module]:
     all its calls: the variance between micro-batches counts, ``num_batches_tracked`` grows by 1, and masks and weights
     count as in a call. A layer that was not called, or only in eval mode or frozen, stays as it is. Calls that
     activation checkpointing repeats count once. If some channel's moments are NaN or infinite they are not stored, and
-    ``skipped_updates`` grows by 1. After an exception in the block nothing is stored. One value per channel of a layer
-    with ``single_element="population"`` counts too. Gradients are those of the micro-batches: see ``step_backward``.
+    ``skipped_updates`` grows by 1. Buffers that ``torch.func.functional_call`` passes move once too, in place of the
+    layer's own. Forwards in a block of ``preserve_state``, as tools make them, do not count. After an exception in the
+    block nothing is stored. One value per channel of a layer with ``single_element="population"`` counts too. Gradients
+    are those of the micro-batches: see ``step_backward``.
 
     Args:
         model: A model whose batch norm layers are layers of this package; it may be wrapped or compiled.
@@ -137,12 +140,14 @@ def require_train_mode(layers: Mapping[str, nn.Module], who: str) -> None:
 
 @final
 class _LayerStep:
-    """The batches of one layer during a step."""
+    """The batches of one layer during a step; those of buffers that torch.func.functional_call passes apart."""
 
     is_joined = False
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._moments, self._is_used = layer, AddedMoments(layer.running_mean), False
+        self._own: Tensor = layer.running_mean
+        self._passed: dict[int, tuple[Running, AddedMoments]] = {}
 
     def train(
         self, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, **options: Any
@@ -152,18 +157,30 @@ class _LayerStep:
             return kernels.train_measured(x, layer, residual, save=self._layer._memory is not None)
         return kernels.train_sample(x, sample, layer, residual, **options)
 
-    def store(self, running: Running, measured: Measured) -> None:  # noqa: ARG002 - the layer's own move at the end
+    def store(self, running: Running, measured: Measured) -> None:
         """Add the moments of a batch."""
-        self._moments.add(measured)
-        self._is_used = True
+        if torch.compiler.is_compiling() or running.mean is self._own:
+            self._moments.add(measured)
+            self._is_used = True
+            return
+        if not is_plain(*running[:4]):
+            raise RuntimeError(
+                "step needs buffers that stay when a function of torch.func ends, got buffers inside of one. Pass "
+                "buffers that are no arguments of torch.func.grad or vmap, or leave out step."
+            )
+        passed = id(running.mean)
+        self._passed.setdefault(passed, (running, AddedMoments(running.mean)))[1].add(measured)
 
     def end(self) -> None:
-        """Move the layer's stored statistics towards the moments of all batches."""
-        measured = self._moments.measured
-        one_value = self._layer._single_element == "population" and not bool((measured.count > 1).any())
-        if self._is_used and not one_value:
-            with torch.no_grad():
-                kernels.store(stored_by(self._layer), measured)
+        """Move the stored statistics towards the moments of all batches."""
+        used = [(stored_by(self._layer), self._moments)] if self._is_used else []
+        with torch.no_grad():
+            for running, moments in (*used, *self._passed.values()):
+                self._move(running, moments.measured)
+
+    def _move(self, running: Running, measured: Measured) -> None:
+        if self._layer._single_element != "population" or bool((measured.count > 1).any()):
+            kernels.store(running, measured)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """None: a copy of the layer is not inside the block."""

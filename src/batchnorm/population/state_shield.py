@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_module
+from batchnorm.layers import LAYERS
 from batchnorm.population.sharded_models import is_flat, keep_together, own_shards
 from batchnorm.population.tensor_memory import (
     bits_of,
@@ -53,6 +54,8 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
     restored. A sharded model is restored as it was, sharded or gathered, so every rank must leave the block.
     Tensors without values (fake, on the meta device, inside a transform of torch.func) are restored as references.
 
+    Inside ``step`` or ``step_backward``, forwards of the block do not count: the layers are outside of the step.
+
     The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
     (a configuration, a logger, a NumPy array) are restored as references; changes inside them stay.
 
@@ -72,11 +75,19 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
     """
     require_module(model, "preserve_state")
     steps = _remember(model)
+    _leave_step(model)
     with preserve_random_state():
         try:
             yield model
         finally:
             _take_back(steps)
+
+
+def _leave_step(model: nn.Module) -> None:
+    """Take our layers out of an open step, which counts no forward of the block; its end puts them into it again."""
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            vars(module).pop("_step", None)
 
 
 def _take_back(steps: list[Undo]) -> None:
