@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import oracle
@@ -10,6 +11,7 @@ import torch
 from test_layers import check_stored_statistics, made
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.kernels import Sample, reference
@@ -440,6 +442,89 @@ def test_padding_needs_a_whole_number_as_axis(axis):
         batchnorm.padding(BatchNorm1d(2), [1], length_axis=axis),
     ):
         pass
+
+
+@pytest.mark.parametrize("what", ["model", "in place", "part"])
+@torch.no_grad()
+def test_compiled_models_get_the_lengths_of_every_block(what):
+    model, x = (
+        nn.Sequential(nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), BatchNorm1d(3)), nn.ReLU()),
+        torch.randn(2, 2, 8),
+    )
+    right = {}
+    for length in (5, 3):
+        with batchnorm.padding(model, [8, length]):
+            right[length] = model(x)
+    compiled = torch.compile(model, backend="eager") if what == "model" else model
+    if what == "in place":
+        model.compile(backend="eager")
+    if what == "part":
+        model[0] = torch.compile(model[0], backend="eager")
+    compiled(x)
+    for length in (5, 3):
+        with batchnorm.padding(compiled, [8, length]):
+            assert torch.allclose(compiled(x), right[length], atol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Two parts that are computed again in the backward pass; None computes them once."""
+
+    def __init__(self, *parts, use_reentrant):
+        super().__init__()
+        self.parts, self.use_reentrant = nn.ModuleList(parts), use_reentrant
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x) if self.use_reentrant is None else checkpoint(part, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+def gradients_of_padded(model, x, lengths, *, is_inside):
+    """Gradients of two batches that wait for their backward pass, in each block's lengths."""
+    outputs = []
+    for length in lengths:
+        with batchnorm.padding(model, length):
+            outputs.append(model(x).pow(3).sum())
+            if is_inside:
+                outputs.pop().backward()
+    for y in reversed(outputs):
+        y.backward()
+    return [x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("is_inside", [False, True], ids=["behind the block", "inside"])
+def test_activation_checkpointing_repeats_a_forward_with_its_lengths(use_reentrant, is_inside):
+    """The first size comes back with other lengths: 5 positions become 3, and these 6."""
+    parts = [nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1), BatchNorm1d(3)),
+             nn.Sequential(nn.ConvTranspose1d(3, 2, 4, stride=2, padding=1), BatchNorm1d(2))]  # fmt: skip
+    plain = Checkpointed(*parts, use_reentrant=None).double()
+    model = Checkpointed(*copy.deepcopy(parts), use_reentrant=use_reentrant)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    lengths = [[8, 5, 3], [2, 8, 7]]
+    right = gradients_of_padded(plain, x.clone().requires_grad_(), lengths, is_inside=True)
+    found = gradients_of_padded(model, x.clone().requires_grad_(), lengths, is_inside=is_inside)
+    for mine, theirs in zip(found, right, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_backward_pass_that_fails_leaves_no_lengths_behind():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("on purpose")
+
+    layer, x = nn.Sequential(BatchNorm1d(2)), torch.randn(2, 2, 8, requires_grad=True)
+    with batchnorm.padding(layer, [8, 3]):
+        y = layer(Fails.apply(x))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        y.sum().backward()
+    assert layer(x)[1, :, 3:].abs().min() > 0
 
 
 # -- statistics and the doctor --------------------------------------------------------------------------------
