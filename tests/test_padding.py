@@ -527,6 +527,75 @@ def test_a_backward_pass_that_fails_leaves_no_lengths_behind():
     assert layer(x)[1, :, 3:].abs().min() > 0
 
 
+@pytest.mark.parametrize(
+    "first", [nn.ConstantPad1d(1, 0), nn.Upsample(scale_factor=2), nn.ReflectionPad1d(2), Halved()]
+)
+def test_a_module_in_front_that_changes_the_size_needs_a_rule(first):
+    model, x = nn.Sequential(first, nn.Conv1d(2, 3, 1), BatchNorm1d(3)).eval(), torch.randn(2, 2, 9)
+    with batchnorm.padding(model, [9, 4]), pytest.raises(ValueError, match=r"knows them for 9, got .*rule="):
+        model(x)
+    lengths = [first(x[:, :, :length]).shape[2] for length in (9, 4)]
+    with batchnorm.padding(model, [9, 4], rule=lambda module, _: torch.tensor(lengths) if module is first else None):
+        y = model(x)
+    assert not y[1, :, lengths[1] :].any()
+    assert y[1, :, : lengths[1]].all()
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize(("features", "new"), [(4, 7), (30, 20)])
+def test_a_linear_layer_in_front_changes_no_lengths(features, new):
+    parts = nn.Sequential(nn.Linear(features, new), nn.ReLU())
+    model = nn.Sequential(parts, Transposed(), nn.Conv1d(new, 3, 3, padding=1), BatchNorm1d(3))
+    with batchnorm.padding(model, [9, 4]):
+        y = model(torch.randn(2, 9, features))
+    assert not y[1, :, 4:].any()
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
+def test_padding_needs_convolutions_that_pad_with_zeros(mode):
+    model = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1, padding_mode=mode), BatchNorm1d(2))
+    with pytest.raises(ValueError, match=f"Conv1d at '0' with padding_mode='{mode}'"), batchnorm.padding(model, [1]):
+        pass
+    harmless = nn.Sequential(nn.Conv1d(2, 2, 3, padding_mode=mode), BatchNorm1d(2))
+    with batchnorm.padding(harmless, [9, 4]):
+        assert not harmless(torch.randn(2, 2, 9))[1, :, 2:].any()
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d(2), nn.GroupNorm(1, 2)])
+def test_padding_warns_of_norms_that_count_it(norm):
+    model = nn.Sequential(norm, BatchNorm1d(2))
+    with pytest.warns(RuntimeWarning, match=f"{type(norm).__name__} at '0'"), batchnorm.padding(model, [9, 4]):
+        pass
+
+
+def test_a_head_without_positions_has_no_padding():
+    body = [nn.Conv1d(2, 3, 3, padding=1), BatchNorm1d(3), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+    head = nn.Sequential(nn.Linear(3, 4), BatchNorm1d(4))
+    model, seen = nn.Sequential(*body, *head), []
+    handle = head[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with batchnorm.padding(model, [9, 4, 2]):
+        y = model(torch.randn(3, 2, 9))
+    handle.remove()
+    assert torch.allclose(y, head(*seen))
+
+
+def test_positions_that_became_examples_are_refused():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), Transposed(), nn.Flatten(0, 1), BatchNorm1d(3))
+    with batchnorm.padding(model, [9, 4]), pytest.raises(ValueError, match=r"with 2 examples.*got shape \(18, 3\)"):
+        model(torch.randn(2, 2, 9))
+
+
+@pytest.mark.parametrize("is_positional", [False, True])
+def test_a_mask_inside_of_a_block_is_refused(is_positional):
+    layer, x, mask = BatchNorm1d(2), torch.randn(2, 2, 9), torch.ones(2, 9, dtype=torch.bool)
+    with batchnorm.padding(layer, [9, 4]), pytest.raises(ValueError, match=r"block of padding.*mask= of its own"):
+        layer(x, None, mask) if is_positional else layer(x, mask=mask)
+
+
 # -- statistics and the doctor --------------------------------------------------------------------------------
 
 
@@ -572,6 +641,27 @@ def test_recalibrate_inside_of_padding_counts_valid_positions():
     batchnorm.recalibrate(model, batches, forward=forward)
     values = torch.cat([rows(model[0](x), torch.arange(12) < n.unsqueeze(1)) for x, n in batches])
     assert torch.allclose(model[1].running_var, values.var(0), rtol=1e-5)
+
+
+def test_forwards_that_wait_for_each_other_have_lengths_of_their_own():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), BatchNorm1d(3), nn.Conv1d(3, 3, 1), BatchNorm1d(3)).double()
+    whole, x = copy.deepcopy(model), torch.randn(4, 2, 12, dtype=torch.float64)
+    lengths = torch.tensor([12, 3, 7, 2])
+
+    def forward(model, batch):
+        with batchnorm.padding(model, batch[1]):
+            return model(batch[0])
+
+    parts = list(zip(x.split(2), lengths.split(2), strict=True))
+    batchnorm.step_backward(model, parts, lambda y, _: y.pow(3).sum(), forward=forward, reduction="sum")
+    forward(whole, (x, lengths)).pow(3).sum().backward()
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad)
+    with torch.no_grad():
+        batchnorm.recalibrate(model, parts, forward=forward)
+        valid = torch.arange(12) < lengths.unsqueeze(1)
+        h = model[2](model[1].eval()(model[0](x)))
+    assert torch.allclose(model[3].running_var, rows(h, valid).var(0))
 
 
 def test_exact_statistics_refuse_a_mask_for_each_channel():
