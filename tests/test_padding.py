@@ -403,36 +403,22 @@ def test_padding_needs_layers_of_this_package(model, words):
         pass
 
 
-@pytest.mark.parametrize(("axis", "same"), [(-1, 3), (-2, 2)])
-def test_padding_counts_a_negative_axis_from_the_last(axis, same):
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), BatchNorm2d(3), BatchNorm2d(3, act="relu")).eval()
-    x = torch.randn(2, 2, 9, 9)
-    with batchnorm.padding(model, [9, 4], length_axis=axis):
-        y = model(x)
-    with batchnorm.padding(model, [9, 4], length_axis=same):
-        assert torch.equal(y, model(x))
-    assert not y.movedim(same, 2)[1, :, 1:].any()
-
-
 def test_padding_leaves_layers_without_a_length_axis_alone():
     model = nn.Sequential(BatchNorm1d(2), nn.AdaptiveMaxPool1d(1), nn.Flatten(), BatchNorm1d(2))
     model[3].register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     seen = {}
-    for axis in (2, -1):
-        with batchnorm.padding(model, [9, 4], length_axis=axis, rule=lambda _, lengths: lengths.clamp_max(1)):
-            assert model(torch.randn(2, 2, 9)).shape == (2, 2)
+    with batchnorm.padding(model, [9, 4], rule=lambda _, lengths: lengths.clamp_max(1)):
+        assert model(torch.randn(2, 2, 9)).shape == (2, 2)
     assert seen == {}
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 1), BatchNorm1d(2)])
-@pytest.mark.parametrize("axis", [-3, 0, 1, 3])
-def test_padding_names_the_axes_that_can_have_lengths(layer, axis):
-    words = rf"length_axis= to be 2 for {type(layer).__name__} with an input of shape \(2, 2, 9\), got {axis}"
+@pytest.mark.parametrize("axis", [-3, -1, 0, 1])
+def test_padding_names_the_axes_that_can_have_lengths(axis):
     with (
-        batchnorm.padding(nn.Sequential(layer, BatchNorm1d(2)), [9, 4], length_axis=axis),
-        pytest.raises(ValueError, match=words),
+        pytest.raises(ValueError, match=f"needs a length_axis of 2 or more, got {axis}. It is the axis along which"),
+        batchnorm.padding(BatchNorm1d(2), [9, 4], length_axis=axis),
     ):
-        layer(torch.randn(2, 2, 9))
+        pass
 
 
 @pytest.mark.parametrize("axis", [2.0, "2", None, True])

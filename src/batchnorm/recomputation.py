@@ -14,7 +14,7 @@ from typing import final
 from warnings import warn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm.kernels.choice import is_plain
 from batchnorm.kernels.repeated_forwards import is_repeated
@@ -40,7 +40,7 @@ class _First:
 
 
 def first_values(
-    layer: nn.Module, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: object, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """``compute()`` in a first forward; in its repetition inside a backward pass, the values of the first forward.
 
@@ -65,7 +65,7 @@ def first_values(
 
 
 def _repeated(
-    layer: nn.Module, checkpoint: object | None, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
+    layer: object, checkpoint: object | None, moments: Sequence[Tensor], compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """The values of the first call of a checkpoint with these moments that this backward pass has not repeated yet."""
     calls: list[_First] = [] if checkpoint is None else vars(checkpoint).get(_KEPT, {}).get(layer, [])

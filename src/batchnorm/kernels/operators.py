@@ -21,6 +21,7 @@ from batchnorm.kernels import reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Group, Layer
+from batchnorm.kernels.repeated_forwards import is_repeated
 
 # for each argument, the axis of the models; None if the argument is shared
 Axes = Sequence[int | None]

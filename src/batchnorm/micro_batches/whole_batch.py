@@ -155,7 +155,7 @@ def _store(joined: JoinedModel) -> None:
             if site.moves and site.total is not None:
                 kernels.store(stored_by(joined.layers[site.path]), site.total)
     for layer in joined.layers.values():
-        tracked = getattr(layer, "num_batches_tracked", None)
+        tracked: Any = getattr(layer, "num_batches_tracked", None)
         # the doctor reads it; it holds until the layer moves its statistics in another way
         vars(layer)["_joined"] = len(joined.micros), None if tracked is None else tracked.detach().clone()
 

@@ -107,7 +107,7 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
 def _joined(layer: nn.Module) -> int:
     """Micro-batches that the layer's latest step normalized together; 1 after batches outside of ``step_backward``."""
     count, then = vars(layer).get("_joined", (1, None))
-    now = getattr(layer, "num_batches_tracked", None)
+    now: Any = getattr(layer, "num_batches_tracked", None)
     return count if then is None or now is None or (not now.is_meta and int(now) == int(then)) else 1
 
 
