@@ -99,7 +99,8 @@ class _Layer(LayerSettings, _BatchNorm):
 
         In train mode, and if no statistics are stored, the batch is normalized by its own statistics; otherwise by the
         stored statistics. Train mode also moves these towards those of the batch, unless the batch is empty or the call
-        repeats an earlier one inside a backward pass, as activation checkpointing does.
+        is inside a backward pass: activation checkpointing repeats earlier calls there. So any other forward inside a
+        backward pass, for example in a gradient hook, stores nothing either.
 
         Padding, as ``mask`` or ``lengths`` show it, is neither read nor counted: it may be NaN. Its results, after the
         residual and the activation, and its gradients are 0. With ``padding="keep"`` it is normalized like all other

@@ -104,7 +104,7 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
     )
 
 
-def _joined(layer: nn.Module) -> int:
+def _joined(layer: Any) -> int:
     """Micro-batches that the layer's latest step normalized together; 1 after batches outside of ``step_backward``."""
     count, then = vars(layer).get("_joined", (1, None))
     now: Any = getattr(layer, "num_batches_tracked", None)
