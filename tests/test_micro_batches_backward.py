@@ -543,14 +543,15 @@ def test_forwards_that_take_different_ways_are_refused():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("gradient", ["exact", "constant"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_model_that_recomputes_is_refused(gradient, use_reentrant):
+@parts_held
+def test_a_model_that_recomputes_is_refused(gradient, use_reentrant, segments):
     class Recomputing(Shared):
         def forward(self, x):
             return checkpoint(super().forward, x, use_reentrant=use_reentrant)
 
     x = [part.requires_grad_() for part in torch.randn(16, 5).split(8)]
     with pytest.raises(RuntimeError, match="runs a model that recomputes nothing itself"):
-        bn.step_backward(Recomputing(), x, total, gradient=gradient)
+        bn.step_backward(Recomputing(), x, total, gradient=gradient, segments=segments)
 
 
 def test_a_step_inside_a_step_is_refused():
@@ -642,3 +643,50 @@ def test_padding_in_the_forward(segments):
     torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0)
     for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12 * float(theirs.grad.norm() + 1))
+
+
+def penalty_of(kind):
+    """A loss with a gradient of the output with respect to a parameter, a hidden tensor, or an output itself."""
+
+    def loss(y, micro):
+        y, model, h = y
+        if kind == "parameter":
+            grad = torch.autograd.grad(y.sum(), model.second.weight, create_graph=True)[0]
+        elif kind == "hidden tensor":
+            grad = torch.autograd.grad(y.sum() + h.sum(), h, create_graph=True, allow_unused=True)[0]
+        else:
+            y.sum().backward(retain_graph=True) if kind == "backward" else torch.autograd.backward(
+                y.sum(), retain_graph=True
+            )
+            grad = y
+        return grad.square().sum()
+
+    return loss
+
+
+class WithHidden(Shared):
+    def forward(self, x):
+        h = self.layer(self.first(x)).tanh()
+        return self.layer(self.second(h)) + h, self, h
+
+
+@parts_held
+@pytest.mark.parametrize("kind", ["parameter", "hidden tensor", "backward", "function backward"])
+def test_a_gradient_penalty_is_refused(kind, segments):
+    model = WithHidden()
+    with pytest.raises(RuntimeError, match="needs a forward and a loss that call no backward pass through batch norm"):
+        bn.step_backward(model, torch.randn(16, 5).split(8), penalty_of(kind), segments=segments)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_gradient_beside_batch_norm_is_allowed():
+    """Forces of an own small graph, and gradients in the level before the first layer."""
+
+    class Beside(Shared):
+        def forward(self, x):
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                slope = torch.autograd.grad(self.first(z).sin().sum(), z)[0]
+            return super().forward(x + slope.detach())
+
+    check(Beside().double(), torch.randn(32, 5, dtype=D), [8, 14, 10])

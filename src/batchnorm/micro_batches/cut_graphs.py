@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from inspect import signature
 from typing import Any, NamedTuple, final
 
 import torch
@@ -27,7 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import Layer, Measured, Sample, joined_batches
 from batchnorm.kernels.joined_batches import JoinedBatch
+from batchnorm.micro_batches import inner_gradients
 from batchnorm.micro_batches.joined_layers import LayerCall, Options
+from batchnorm.micro_batches.writes_in_place import written_by
 from batchnorm.population.observation import EndForward
 
 # a node's number since the start of a run, the number of its result, its name, and the result's shape
@@ -42,10 +42,6 @@ _ASKING = {
 }  # fmt: skip
 
 
-_AUGMENTED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
-_AUGMENTED |= {"__setitem__"}
-
-
 _ABOUT_WRITES = (
     "step_backward needs tensors as they were in the forward, but {} was modified by an inplace operation. Use an "
     "operation that is not in place."
@@ -58,13 +54,20 @@ class UncutGraphError(Exception):
 
 @final
 class Collected:
-    """The gradient of a tensor that took the place of another."""
+    """The gradient of a tensor that took the place of another.
 
-    def __init__(self) -> None:
+    Args:
+        keeping: Says whether the forward still runs.
+    """
+
+    def __init__(self, keeping: _Keeping) -> None:
         self.grad: Tensor | None = None
+        self._keeping = keeping
 
     def add(self, grad: Tensor) -> None:
-        """Add a gradient."""
+        """Add a gradient; not while the forward runs."""
+        if self._keeping.is_recording:
+            raise RuntimeError(inner_gradients.ABOUT)
         self.grad = grad if self.grad is None else self.grad + grad
 
     def take(self) -> Tensor | None:
@@ -170,7 +173,7 @@ class CutGraph:
     def recorded(self) -> Iterator[None]:
         """A block for the forward of the micro-batch."""
         self._start = (self._anchor + 0).grad_fn._sequence_nr()  # type: ignore[union-attr]
-        with _Reading(self):
+        with _Reading(self), self._keeping.recording():
             if self._first < 0:
                 yield
                 return
@@ -200,7 +203,7 @@ class CutGraph:
         edges = tuple(
             map(_edge, batch.tensors)
         )  # also where they are not needed: asking for a leaf's edge makes a node
-        collected = Collected()
+        collected = Collected(self._keeping)
         y = _Source.apply(self._anchor, lambda: joined_batches.normalize(batch), collected)
         self._starts.append(y.grad_fn._sequence_nr())
         self.look(y)
@@ -214,7 +217,7 @@ class CutGraph:
         if not self._is_lower(value):
             return value
         if id(value) not in self._level_gates:
-            collected, edge = Collected(), get_gradient_edge(value)
+            collected, edge = Collected(self._keeping), get_gradient_edge(value)
             gate = _Source.apply(self._anchor, value.detach, collected)
             self._level_gates[id(value)] = value, gate
             self._collect(edge, collected)
@@ -230,7 +233,7 @@ class CutGraph:
             return
         if value._is_view():
             raise UncutGraphError("an operation in place changes a view of a tensor from before a batch norm layer")
-        collected, edge = Collected(), get_gradient_edge(value)
+        collected, edge = Collected(self._keeping), get_gradient_edge(value)
         value.detach_()
         _Renewed.apply(self._anchor, value, collected)
         self._collect(edge, collected)
@@ -326,10 +329,22 @@ def _run_back(roots: list[Root]) -> None:
 
 @final
 class _Keeping:
-    """Whether tensors are kept for the backward pass. The nodes of a graph own this object, so it must not own them."""
+    """Whether tensors are kept for the backward pass, and whether the forward still runs.
+
+    The nodes of a graph own this object, so it must not own them.
+    """
 
     def __init__(self, is_on: bool) -> None:
-        self.is_on = is_on
+        self.is_on, self.is_recording = is_on, False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A block for the forward."""
+        self.is_recording = True
+        try:
+            yield
+        finally:
+            self.is_recording = False
 
     def keep(self, saved: Tensor) -> tuple[Tensor, int] | None:
         """The tensor and the number of writes to it, or None in their place."""
@@ -349,25 +364,6 @@ def _edge(t: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(t) if t is not None and t.requires_grad else None
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Any:
-    """The tensor that a function writes to, by its name or its argument ``inplace``; None for other functions."""
-    name, place = getattr(func, "__name__", ""), _place_of_inplace(func)
-    by_argument = place is not None and (
-        kwargs["inplace"] if "inplace" in kwargs else args[place : place + 1] == (True,)
-    )
-    by_name = (name.endswith("_") and not name.endswith("__")) or name in _AUGMENTED
-    return next(iter((*args, *kwargs.values())), None) if by_argument or by_name else None
-
-
-@cache
-def _place_of_inplace(func: Any) -> int | None:
-    """The position of a function's argument ``inplace``; None if it has none."""
-    try:
-        return list(signature(func).parameters).index("inplace")
-    except (ValueError, TypeError):  # no such argument, or a function of C without a signature
-        return None
-
-
 @final
 class _Reading(TorchFunctionMode):
     """Lets every function of torch read what the graph gives it in place of tensors of lower levels."""
@@ -381,7 +377,9 @@ class _Reading(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or getattr(func, "__name__", "") in _ASKING:
             return func(*args, **kwargs)
-        self._graph.renew(_written(func, args, kwargs))
+        if func in (torch.autograd.grad, Tensor.backward):
+            inner_gradients.require_none(tree_leaves((args[:1], kwargs.get("outputs"))))
+        self._graph.renew(written_by(func, args, kwargs))
         args, kwargs = tree_map(self._graph.gated, args), tree_map(self._graph.gated, kwargs)
         before = [(gate, gate._version) for _, gate in self._graph._level_gates.values()]
         result = func(*args, **kwargs)

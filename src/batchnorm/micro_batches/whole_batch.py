@@ -84,7 +84,8 @@ def step_backward(
             for several devices, or has no batch norm layer, or one of others, with ghost batches, or lazy that has not
             run; if a loss is no scalar; if some channel has fewer than 2 values in the whole step; or if micro-batches
             run through different layers.
-        RuntimeError: If the model is inside ``step``, or recomputes in the backward pass.
+        RuntimeError: If the model is inside ``step``, or recomputes in the backward pass; with "exact", if the forward
+            or the loss itself runs a backward pass through batch norm, such as a gradient penalty.
 
         After an exception, gradients and stored statistics are as before.
 
@@ -127,14 +128,16 @@ def _exactly(joined: JoinedModel, starts: RandomStarts, loss: LossOf, segments: 
         with _kept_gradients(joined.model):
             return exact_backward(joined, starts, loss, segments=segments)
     except UncutGraphError as error:
-        if segments > 1:
-            warnings.warn(
-                f"step_backward holds the graphs of all micro-batches instead of {segments} segments: {error}. Give "
-                "segments=1, or use operations that are not in place.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    return exact_backward(joined, starts, loss, segments=1, has_gates=False)
+        why = str(error)
+    losses = exact_backward(joined, starts, loss, segments=1, has_gates=False)
+    if segments > 1:
+        warnings.warn(
+            f"step_backward holds the graphs of all micro-batches instead of {segments} segments: {why}. Give "
+            "segments=1, or use operations that are not in place.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return losses
 
 
 def _by_constants(joined: JoinedModel, starts: RandomStarts, loss: LossOf, _segments: int) -> list[Tensor]:
