@@ -49,6 +49,18 @@ def test_norms_get_no_weight_decay_and_biases_as_asked(decay_biases):
     assert names(net, decayed) == {name for name, _ in net.named_parameters()} - expected
 
 
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_biases_of_attention_and_recurrent_layers_are_biases(decay_biases):
+    net = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(4, 2, add_bias_kv=True), "lstm": nn.LSTM(3, 4, proj_size=2)}
+    )
+    net.register_parameter("unbiased", nn.Parameter(torch.ones(4)))
+    net.register_parameter("relative_position_bias_table", nn.Parameter(torch.ones(4, 2)))
+    found = names(net, bn.parameter_groups(net, 0.05, decay_biases=decay_biases)[1])
+    biases = {"attention.in_proj_bias", "attention.out_proj.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0"}
+    assert found == (set() if decay_biases else biases)
+
+
 def test_every_parameter_is_in_one_group_exactly_once_and_in_order():
     net = Net()
     groups = bn.parameter_groups(net, 0.05)

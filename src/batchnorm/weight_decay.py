@@ -33,7 +33,8 @@ def parameter_groups(
     Args:
         model: A model before or after ``convert``; wrapped by DistributedDataParallel or compiled, too.
         weight_decay: Weight decay of the first group, 0 or more.
-        decay_biases: Whether parameters named "bias" of other layers are in the first group. Goyal et al. 2017 decay
+        decay_biases: Whether biases of other layers are in the first group: parameters named "bias", and vectors whose
+            names have that word, such as "in_proj_bias" and "bias_ih_l0". Goyal et al. 2017 decay
             them, He et al. 2019 ("Bag of Tricks", section 3.1) do not.
         frozen: Whether parameters with ``requires_grad=False`` are in the groups too. An optimizer skips a parameter
             without gradient, and continues with it when it is unfrozen. False leaves them out.
@@ -81,8 +82,13 @@ def _spared(model: nn.Module, *, decay_biases: bool) -> Iterator[nn.Parameter]:
     for module in model.modules():
         is_norm = id(module) in layers or isinstance(module, _NORMS)
         for name, parameter in _own(module):
-            if (is_norm and name in {"weight", "bias"}) or (not decay_biases and name == "bias"):
+            if (is_norm and name in {"weight", "bias"}) or (not decay_biases and _is_bias(name, parameter)):
                 yield parameter
+
+
+def _is_bias(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a bias: "bias", "in_proj_bias" of attention, "bias_ih_l0" and such of recurrent layers."""
+    return name == "bias" or (parameter.ndim == 1 and "bias" in name.split("_"))
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
