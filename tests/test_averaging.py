@@ -333,6 +333,7 @@ REFUSED = {
     "infinite": (lambda: bn.merge_statistics(states(), [float("inf"), 5]), ValueError, "finite .*, got inf"),
     "all 0": (lambda: bn.merge_statistics(states(), [0, 0]), ValueError, "a count above 0, got 0 for every state"),
     "shares": (lambda: bn.merge_statistics(states(), [0.5, 0.5]), ValueError, "above 1, got 0.5. .*counts=None"),
+    "negative behind one": (lambda: bn.merge_statistics(states(), [1, -1]), ValueError, "0 or more, got -1"),
     "ones": (lambda: bn.merge_statistics(states(), [1, 1]), ValueError, "above 1, got 1. .*counts=None"),
     "a table": (lambda: bn.merge_statistics(states(), torch.ones(2, 2)), TypeError, "a number, got Tensor"),
     "missing": (

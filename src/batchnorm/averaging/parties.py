@@ -67,6 +67,7 @@ def _counts(counts: Sequence[float] | None, length: int, correction: int) -> lis
     for number in numbers:
         if not 0 <= number < math.inf:
             raise ValueError(f"a count must be finite and 0 or more, got {number:g}. Pass {what}.")
+    for number in numbers:
         if 0 < number <= correction:
             raise ValueError(
                 f"a count must be above {correction}, got {number:g}. Pass {what}; or counts=None, if the states shall "
