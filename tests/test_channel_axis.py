@@ -209,7 +209,9 @@ def test_surgery_that_assumes_axis_1_refuses():
             change(model)
     with pytest.raises(ValueError, match=r"channels on axis 1, got axis=-1 at '1'"):
         batchnorm.to_group_norm(model)
-    folded = batchnorm.fold(model, x, report=None)
+    said: list[object] = []
+    folded = batchnorm.fold(model, x, report=said.append)
+    assert "has axis=-1, which folding does not know" in str(said[0])
     assert isinstance(folded[1], BatchNorm1d)
     assert torch.equal(folded(x), model(x))
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import batchnorm
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
@@ -149,3 +150,10 @@ def test_a_layer_prints_how_many_updates_it_skipped():
         layer(torch.tensor([[1.0, torch.nan], [2.0, 0.0]]))
     assert repr(layer).endswith("track_running_stats=True, skipped_updates=1)")
     assert "skipped" not in repr(BatchNorm1d(2, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.quint8, "float32"])
+def test_a_dtype_without_gradients_is_refused(dtype):
+    for make in (lambda: BatchNorm1d(3, dtype=dtype), lambda: batchnorm.LazyBatchNorm2d(dtype=dtype)):
+        with pytest.raises(TypeError, match=r"a dtype must be floating-point or complex, got .*torch.float32"):
+            make()

@@ -108,6 +108,9 @@ def test_settings_say_what_they_need() -> None:
     assert repr(layer).endswith("sync=True)")
     with pytest.raises(TypeError, match="sync must be True or False, got str"):
         bn.BatchNorm1d(3, sync="yes")
+    for flag in (1, 0):
+        with pytest.raises(TypeError, match="sync must be True or False, got int"):
+            bn.BatchNorm1d(3, sync=flag)
     with pytest.raises(
         TypeError, match=r"process_group must be a ProcessGroup of torch\.distributed or None, got list"
     ):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchnorm.argument_types import require_flag, require_number, require_whole_number
+from batchnorm.argument_types import require_number, require_type, require_whole_number
 from batchnorm.channel_axis import axis_of, shape_as_given
 
 STATISTICS = ("running_mean", "running_var")
@@ -190,6 +190,16 @@ def check_sizes(num_features: int, eps: float) -> None:
     check_eps(eps)
 
 
+def check_dtype(dtype: object) -> None:
+    """Refuse a type of a layer's tensors that has no gradients, such as one of whole numbers."""
+    kinds = "a dtype must be floating-point or complex"
+    if dtype is None:
+        return
+    require_type(dtype, torch.dtype, kinds, "Use torch.float32, or leave it out.")
+    if not (dtype.is_floating_point or dtype.is_complex):  # type: ignore[attr-defined] - it is a torch.dtype
+        raise TypeError(f"{kinds}, got {dtype}. Use torch.float32, or leave it out; inputs are cast with x.float().")
+
+
 def check_eps(eps: float) -> None:
     """Refuse an eps below 0 or NaN."""
     if not eps >= 0:
@@ -229,7 +239,7 @@ def check_axis(axis: object) -> None:
 
 def check_sync(sync: object) -> None:
     """Refuse a value of the setting ``sync`` that is neither True nor False."""
-    require_flag(sync, "sync")
+    require_type(sync, bool, "sync must be True or False", "Pass process_group= for a group of processes.")
 
 
 def check_single_element(policy: object) -> None:

@@ -59,6 +59,7 @@ RULES = {
     "sync": SettingRule(False, check_sync),
     "process_group": SettingRule(None, check_process_group, show=ranks_in_words),
 }
+COMPLEX = "a complex dtype"  # in lists of settings that torch.nn's layers lack
 SETTINGS = {"act", "act_param", *RULES}
 
 
@@ -211,7 +212,7 @@ def lost_in_torch(layer: nn.Module, effect: Literal["train", "eval"]) -> list[st
     """The settings in use without which a layer gives other results in a mode, as arguments of its class."""
     found = settings_in_use(layer, [name for name, rule in RULES.items() if rule.effect == effect])
     has_complex = effect == "eval" and isinstance(layer, LayerSettings) and is_complex(layer)
-    return [*found, "a complex dtype"] if has_complex else found
+    return [*found, COMPLEX] if has_complex else found
 
 
 def give_up(layer: nn.Module, name: str) -> None:

@@ -29,6 +29,7 @@ from batchnorm.layer_checks import (
     about_a_single_value,
     about_eps,
     check_complex_settings,
+    check_dtype,
     check_sizes,
     check_state,
     promoted,
@@ -58,6 +59,7 @@ class _Layer(LayerSettings, _BatchNorm):
         process_group: ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         check_sizes(num_features, eps)
+        check_dtype(dtype)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._set(

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
 from batchnorm.layer_checks import check_sync
-from batchnorm.layer_settings import RULES, lost_in_torch
+from batchnorm.layer_settings import COMPLEX, RULES, lost_in_torch
 from batchnorm.layers import OURS, _Layer
 from batchnorm.lazy_layers import OURS_LAZY
 from batchnorm.other_libraries import as_sentence, out_of_reach
@@ -219,6 +219,13 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     return model
 
 
+def _remedy_for(settings: list[str]) -> str:
+    """A complex dtype has no default that a layer could be set to."""
+    if COMPLEX in settings:
+        return "A complex layer has no counterpart there:"
+    return "Set the default on the layer if results may change, or"
+
+
 def _check_settings(model: nn.Module) -> None:
     """Raise if torch.nn's layers would give other results in eval mode; warn if they would in train mode."""
     lost = []
@@ -226,7 +233,7 @@ def _check_settings(model: nn.Module) -> None:
         if _is_reverted(layer) and (settings := lost_in_torch(layer, "eval")):
             raise ValueError(
                 f"revert and for_export need layers that torch.nn has too, got {' and '.join(settings)} at {path!r}. "
-                "Set the default on the layer if results may change, or use torch.export, which needs no other layers."
+                f"{_remedy_for(settings)} use torch.export, which needs no other layers."
             )
         if _is_reverted(layer):
             lost += [f"{setting} at {path!r}" for setting in lost_in_torch(layer, "train")]

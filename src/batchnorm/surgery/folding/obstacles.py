@@ -51,7 +51,7 @@ def about_state(layer: Any) -> str | None:
     if is_watched(layer):
         return "has hooks that see its input or its result"
     if settings := lost_in_torch(layer, "eval"):
-        return f"has {' and '.join(settings)}, which a convolution or linear layer lacks"
+        return f"has {' and '.join(settings)}, which folding does not know"
     if not has_stored_statistics(layer):
         return "stores no statistics"
     if layer.running_mean.is_meta or layer.running_var.is_meta:
