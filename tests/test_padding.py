@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_layers import check_stored_statistics, made
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
@@ -199,6 +199,32 @@ def test_packed_and_nested_sequences_have_no_padding():
         layer(packed, lengths=lengths)
     with pytest.raises(TypeError, match="BatchNorm2d needs a tensor"):
         BatchNorm2d(4)(packed)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("options", [{"own_weight": 0.5}, {"ghost_batch_size": 2}, {"ghost_batch_size": 3}], ids=str)
+def test_a_sequence_is_one_example(options, is_sorted, axis):
+    """An example's own moments, and ghost batches of examples, as for the padded batch with lengths."""
+    lengths, x = torch.tensor([5, 4, 3, 2] if is_sorted else [2, 5, 3, 4]), torch.randn(4, 5, 3, dtype=torch.float64)
+    layer = made(BatchNorm1d, 3, dtype=x.dtype, axis=axis, **options).train("own_weight" not in options)
+    padded, values = copy.deepcopy(layer), x.clone().requires_grad_()
+    given = values if axis == -1 else values.transpose(1, 2)
+    right = padded(given, lengths=lengths, length_axis=1 if axis == -1 else 2)
+    right = right if axis == -1 else right.transpose(1, 2)
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=is_sorted)
+    result = copy.deepcopy(layer)(packed)
+    assert torch.allclose(pad_packed_sequence(result, batch_first=True)[0], right)
+    rows_of_all = [e[:n].clone().requires_grad_() for e, n in zip(x, lengths, strict=True)]
+    whole = layer(torch.nested.as_nested_tensor(rows_of_all, layout=torch.jagged))
+    valid = torch.arange(5) < lengths.unsqueeze(1)
+    assert torch.allclose(whole.values(), right[valid])
+    if layer.training:
+        assert torch.allclose(layer.running_var, padded.running_var)
+        assert layer.num_batches_tracked == padded.num_batches_tracked
+    right[valid].pow(3).sum().backward()
+    whole.values().pow(3).sum().backward()
+    assert torch.allclose(torch.cat([e.grad for e in rows_of_all]), values.grad[valid])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
