@@ -178,7 +178,15 @@ def test_ghost_batches_of_one_example_with_positions_are_allowed():
     torch.testing.assert_close(BatchNorm1d(3, ghost_batch_size=1)(x), nn.InstanceNorm1d(3)(x))
 
 
-@pytest.mark.parametrize(("n", "size"), [(3, 2), (4, 1), (1, 8)])
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_an_odd_batch_in_pairs_has_one_ghost_batch_of_three(n):
+    x, pairs = torch.randn(n, 3), n // 2 - 1
+    y = BatchNorm1d(3, ghost_batch_size=2)(x)
+    for members in [slice(3), *[slice(3 + pair, None, pairs) for pair in range(pairs)]]:
+        assert torch.allclose(y[members], BatchNorm1d(3)(x[members]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "size"), [(4, 1), (3, 1), (1, 8), (1, 2)])
 def test_a_ghost_batch_of_one_value_follows_the_policy(n, size):
     layer, x = made(BatchNorm1d, 3, ghost_batch_size=size), torch.randn(n, 3)
     with pytest.raises(ValueError, match=rf"in every ghost batch, .*ghost_batch_size={size} for shape \({n}, 3\)"):

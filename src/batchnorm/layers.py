@@ -325,13 +325,15 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         padding: Results at the padding that ``mask`` or ``lengths`` show: "zero" sets them to 0; "keep" normalizes
             padding like all other values.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
-            ValueError; "population" normalizes it by the stored statistics and does not change them.
+            ValueError; "population" normalizes it by the stored statistics and does not change them. If one channel or
+            ghost batch has one valid value, this holds for the whole batch.
         axis: -1 if inputs have their channels on the last axis: (N, L, C) or (N, H, W, C). Nothing is copied.
         renorm: Batch renorm (Ioffe 2017): train mode normalizes nearly by the stored statistics, as eval mode does.
             True uses the paper's limits, a ``Renorm`` others. The stored statistics move as usual.
         ghost_batch_size: Largest number of examples that train mode normalizes together (Hoffer et al. 2017): N
             examples are K = ceil(N / size) ghost batches, each normalized by its own moments; example i belongs to
-            ghost batch i mod K. The stored statistics move once, by the moments of the whole batch.
+            ghost batch i mod K. The stored statistics move once, by the moments of the whole batch. In pairs, an odd
+            batch (N, C) has one ghost batch of 3.
         own_weight: Weight, from 0 to 1, of an example's own statistics in eval mode (Summers and Dinneen 2020); the
             stored statistics have the rest.
         sync: Whether train mode normalizes by the moments of the batches of all processes of torch.distributed, on any

@@ -2,8 +2,8 @@
 by its own moments, so that a large batch has the noise of small ones.
 
 N examples make K = ceil(N / size) ghost batches, whose sizes differ by 1 at most: none is larger than ``size``, none is
-a small remainder, and no example is left out. If K divides N, example i belongs to ghost batch i mod K. Then a
-contiguous batch (N, C, L) is, without a copy, a batch (N / K, K C, L): each ghost batch has C of the channels, and the
+a small remainder, and no example is left out. An odd batch (N, C) in pairs has one ghost batch of 3 in place of one of
+1, which would have no variance. If K divides N, example i belongs to ghost batch i mod K. Then a contiguous batch (N, C, L) is, without a copy, a batch (N / K, K C, L): each ghost batch has C of the channels, and the
 kernels compute all of them at once. A batch in layout channels_last is copied. If K does not divide N, the batch is cut
 into two parts, each of which its own number of ghost batches divides. Hoffer et al. use consecutive examples. Examples
 that are K apart have another use too: a loader that groups or sorts examples gives each ghost batch a sample of all of
@@ -61,7 +61,7 @@ def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) 
     """The ghost batches of a batch (N, C, ...), in one or two parts; the batch itself if it is empty or not cut."""
     if size is None or not x.shape[0]:
         return [GhostBatches(x, sample, residual, 1)]
-    sections, channels = _sections(x.shape[0], int(size)), x.shape[1]
+    sections, channels = _sections(x.shape[0], _ghosts(x, int(size))), x.shape[1]
     values, valid, weight, rest = (_cut(t, channels, sections) for t in (x, sample.valid, sample.weight, residual))
     return [
         GhostBatches(values[i], sample._replace(valid=valid[i], weight=weight[i]), rest[i], ghosts)
@@ -136,9 +136,15 @@ def union(found: Sequence[Measured], channels: int) -> Measured:
     return Measured(ChannelStatistics(mean, var), total)
 
 
-def _sections(examples: int, size: int) -> list[tuple[int, int]]:
+def _ghosts(x: Tensor, size: int) -> int:
+    """Number of ghost batches; none has a single value per channel if ``size`` allows more."""
+    ghosts = -(-x.shape[0] // size)
+    is_single = size > 1 and x.ndim == 2
+    return max(1, min(ghosts, x.shape[0] // 2)) if is_single else ghosts
+
+
+def _sections(examples: int, ghosts: int) -> list[tuple[int, int]]:
     """The parts of a batch: their numbers of examples and of ghost batches."""
-    ghosts = -(-examples // size)
     each, larger = examples // ghosts, examples % ghosts  # so many ghost batches have one example more
     found = [(larger * (each + 1), larger), ((ghosts - larger) * each, ghosts - larger)]
     return found if larger else found[1:]
