@@ -250,6 +250,20 @@ def ghost_batches_are_local_and_store_the_moments_of_all_ranks() -> object:
     return require_close(dict(together.named_buffers()), dict(alone.named_buffers()), ULPS)
 
 
+@check(2, 3)
+def a_ghost_batch_of_one_value_is_an_error_on_every_rank() -> None:
+    xs = batches(sizes(2, 4, 4))
+    for mask in (None, torch.arange(len(xs[rank()])) > 0):
+        together = layer(ghost_batch_size=1 if rank() == 0 else 4) if mask is None else layer(ghost_batch_size=2)
+        text = message(ValueError, lambda x: together(x, mask=mask), xs[rank()])  # noqa: B023
+        assert "in every ghost batch of ranks 0" in text, text
+        assert together.num_batches_tracked == 0
+    together = layer(ghost_batch_size=2, single_element="population")
+    y = together(xs[rank()], mask=torch.arange(len(xs[rank()])) > (0 if rank() == 0 else -1))
+    assert together.num_batches_tracked == 0
+    assert torch.allclose(y[1:], xs[rank()][1:] / (1 + 1e-5) ** 0.5, rtol=1e-12)
+
+
 @check(2)
 def padding_can_be_kept() -> object:
     xs = batches([4, 5], 8)

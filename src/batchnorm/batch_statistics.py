@@ -87,16 +87,19 @@ def normalized(
     is_measured = layer.training or stored is None
     batches = ghost_batches.parts(x, sample, residual, layer._ghost_batch_size) if is_measured else []
     least = ghost_batches.least_of(batches) if is_measured and x.numel() and not is_joined else None
-    if stored is not None and not (layer.training and not layer._is_alone(least)):
+    if stored is not None and not (layer.training and not layer._is_alone(least if exchange is None else None)):
         if layer.training:
             stored = stored_for_one(layer, measured_one(x, sample), stored)
         return by_stored(layer, x, sample, parameters, residual, stored)
     renorm.check_stored(type(layer).__name__, layer._renorm, is_tracked=stored is not None)
     if not x.numel() and exchange is None and not is_joined:
         return kernels.train(x, parameters, residual)
-    if not layer.eps > 0 or (least is not None and not least > 1):
+    is_short = least is not None and not least > 1
+    if not layer.eps > 0 or (is_short and exchange is None):
         raise ValueError(about_few_counts(layer, x, least) if layer.eps > 0 else about_eps(layer.eps))
     try:
+        if least is not None and is_short and exchange is not None:  # the other ranks wait for this one
+            exchange.refuse(measured_one(x, sample), least)
         y, measured = _trained(layer, x, batches, parameters, _adjustment(layer, stored), exchange)
     except processes.TooFewValuesError as few:
         return _of_too_few_values(few, layer, x, sample, parameters, residual, stored)
@@ -120,7 +123,9 @@ def _of_too_few_values(
     if stored is not None and layer._is_alone(few.least):
         stored = stored_for_one(layer, few.measured, stored)
         return kernels.normalize_sample(x, sample, stored, parameters, residual)
-    raise ValueError(about_few_counts_of_ranks(layer, few.least, few.ranks)) from None
+    raise ValueError(
+        about_few_counts_of_ranks(layer, few.least, few.ranks, is_ghost=few.in_ghost is not None)
+    ) from None
 
 
 def _trained(

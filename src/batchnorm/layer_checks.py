@@ -92,13 +92,14 @@ def _about_a_ghost_batch(layer: AnyBatchNorm, x: Tensor, size: int) -> str:
     )
 
 
-def about_few_counts_of_ranks(layer: AnyBatchNorm, least: float, ranks: str) -> str:
-    """The error, the same on every rank, for batches that together leave a channel without a variance."""
+def about_few_counts_of_ranks(layer: AnyBatchNorm, least: float, ranks: str, *, is_ghost: bool) -> str:
+    """The error, the same on every rank, for batches that together, or a ghost batch, leave a channel no variance."""
+    where = f"every ghost batch of {ranks}" if is_ghost else f"the batches of {ranks} together"
     advice = "or construct the layer with track_running_stats=True and call eval()"
     if layer.running_mean is not None:
         advice = "call eval(), or construct the layer with single_element='population'"
     return (
-        f"{type(layer).__name__} needs more than 1 value per channel in the batches of {ranks} together, got "
+        f"{type(layer).__name__} needs more than 1 value per channel in {where}, got "
         f"{least:g}: one value has no variance. Use drop_last=True in the loader, pass ~mask if True means padding, "
         f"{advice}. In torch's words: Expected more than 1 value per channel when training"
     )

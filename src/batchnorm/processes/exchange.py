@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # tensors of several ranks, each (ranks, C)
 Stack = tuple[Tensor, ...]
+# added to the smallest count of a ghost batch, 0 to 1, that a rank sends in place of its batch's size
+_OF_GHOST = -2
 
 
 @final
@@ -45,16 +47,17 @@ class TooFewValuesError(Exception):
         measured: The moments of the union.
         ranks: The ranks in words.
         is_empty: Whether all batches are empty: of no examples, not of padding alone.
+        in_ghost: The smallest count of a channel of a ghost batch that has no variance; None if all of them have one.
     """
 
-    def __init__(self, measured: Measured, ranks: str, *, is_empty: bool) -> None:
+    def __init__(self, measured: Measured, ranks: str, *, is_empty: bool, in_ghost: float | None = None) -> None:
         super().__init__(measured)
-        self.measured, self.ranks, self.is_empty = measured, ranks, is_empty
+        self.measured, self.ranks, self.is_empty, self.in_ghost = measured, ranks, is_empty, in_ghost
 
     @property
     def least(self) -> float:
         """The smallest count of a channel."""
-        return float(self.measured.count.min())
+        return float(self.measured.count.min()) if self.in_ghost is None else self.in_ghost
 
 
 _is_alone: ContextVar[bool] = ContextVar("batchnorm_is_alone", default=False)
@@ -142,6 +145,11 @@ class Exchange:
         mean, var, count = self.merged(mean, var, count) if self.own is None else _Union.apply(mean, var, count, self)
         return Measured(ChannelStatistics(mean, var), count)
 
+    def refuse(self, own: Measured, least: float) -> None:
+        """Raise TooFewValuesError on every rank: a ghost batch of this one has a channel with a count of 1 or less."""
+        self.size = least + _OF_GHOST  # type: ignore[assignment] - below 0, as no size is
+        self.union(own)
+
     def total(self, sums: Tensor) -> Tensor:
         """The sums (rows, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs).
 
@@ -163,8 +171,8 @@ class Exchange:
         m2s = functional.pad(m2s.unsqueeze(1), (0, 0, 0, len(own) - 1))  # those between components' means are added
         count, means, m2s = _folded(merged, (counts, means, m2s))
         measured = Measured(ChannelStatistics(_joined(means), m2s.sum(0) / count[0]), count[0])
-        if rows.is_cpu and is_plain(rows) and count.numel() and not bool((count > 1).all()):
-            raise TooFewValuesError(measured, ranks_in_words(self.group), is_empty=not sizes.any())
+        if rows.is_cpu and is_plain(rows) and count.numel():
+            _require_variances(measured, sizes, self.group)
         return *measured.statistics, measured.count
 
     def _gathered(self, parts: list[Tensor], direction: str) -> Tensor:
@@ -179,6 +187,13 @@ class Exchange:
         if rows.is_cpu and is_plain(rows) and not bool((rows[:, 0] == own.fingerprint).all()):
             own.compare(direction, rows.device)
         return rows[:, 1:]
+
+
+def _require_variances(union: Measured, sizes: Tensor, group: Any) -> None:
+    smallest = float(sizes.min())
+    if smallest < 0 or not bool((union.count > 1).all()):
+        in_ghost = smallest - _OF_GHOST if smallest < 0 else None
+        raise TooFewValuesError(union, ranks_in_words(group), is_empty=not sizes.any(), in_ghost=in_ghost)
 
 
 def _components(values: Tensor) -> Tensor:

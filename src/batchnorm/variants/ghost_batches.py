@@ -3,11 +3,11 @@ by its own moments, so that a large batch has the noise of small ones.
 
 N examples make K = ceil(N / size) ghost batches, whose sizes differ by 1 at most: none is larger than ``size``, none is
 a small remainder, and no example is left out. An odd batch (N, C) in pairs has one ghost batch of 3 in place of one of
-1, which would have no variance. If K divides N, example i belongs to ghost batch i mod K. Then a contiguous batch (N, C, L) is, without a copy, a batch (N / K, K C, L): each ghost batch has C of the channels, and the
-kernels compute all of them at once. A batch in layout channels_last is copied. If K does not divide N, the batch is cut
-into two parts, each of which its own number of ghost batches divides. Hoffer et al. use consecutive examples. Examples
-that are K apart have another use too: a loader that groups or sorts examples gives each ghost batch a sample of all of
-the batch.
+1, which would have no variance. If K divides N, example i belongs to ghost batch i mod K. Then a contiguous batch (N,
+C, L) is, without a copy, a batch (N / K, K C, L): each ghost batch has C of the channels, and the kernels compute all
+of them at once. A batch in layout channels_last is copied. If K does not divide N, the batch is cut into two parts,
+each of which its own number of ghost batches divides. Hoffer et al. use consecutive examples. Examples that are K
+apart have another use too: a loader that groups or sorts examples gives each ghost batch a sample of all of the batch.
 
 The stored statistics move once, by the moments of all values of the batch: eval mode needs these. Their variance
 includes the differences between the means of ghost batches, which a mean of the ghost batches' variances loses.
