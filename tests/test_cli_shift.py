@@ -281,7 +281,7 @@ WRONG = {
     "unknown setting": (_ok("--set", "depth=3"), "depth"),
     "data that are nothing": (lambda: ["net.py:model", "--data", "net.py:nothing"], "NoneType"),
     "data without batches": (lambda: ["net.py:model", "--data", "net.py:empty"], "shift needs at least one batch"),
-    "data that do not fit": (lambda: ["net.py:model", "--data", "net.py:turned"], "RuntimeError"),
+    "data that do not fit": (lambda: ["net.py:model", "--data", "net.py:turned"], "expected (N, 3, H, W)"),
     "data of nan": (lambda: ["net.py:model", "--data", "net.py:nans"], "finite activations"),
     "alpha of 0": (_ok("--alpha", "0"), "--alpha"),
     "alpha in percent": (_ok("--alpha", "5"), "--alpha"),

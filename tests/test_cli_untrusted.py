@@ -117,7 +117,7 @@ def run(*args, **env):
         (["mine.py:leaves"], ["SystemExit at mine.py:15"]),
         (["mine.py:sick", "--data", "mine.py:batches"], ["RuntimeError at mine.py:19", "disk is gone"]),
         (["mine.py:sick", "--data", "mine.py:missing"], ["FileNotFoundError at mine.py:23", "pictures"]),
-        (["mine.py:sick", "--data", "mine.py:misfits"], ["RuntimeError", "expected input[8, 5, 8, 8]"]),
+        (["mine.py:sick", "--data", "mine.py:misfits"], ["expected 3 channels at axis 1", "(8, 5, 8, 8)"]),
         (["mine.py"], ["got the file mine.py", "mine.py:make_model"]),
     ],
 )
