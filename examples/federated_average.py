@@ -90,4 +90,4 @@ if __name__ == "__main__":
     every = [losses(seed) for seed in range(5)]
     for name in ("usual", "merged", "local", "recalibrated"):
         values = [each[name] for each in every]
-        print(f"{name:13} {min(values):.2f} to {max(values):.2f}")  # noqa: T201
+        print(f"{name:13} {min(values):.2f} to {max(values):.2f}")

@@ -55,7 +55,8 @@ def step_backward(
     pass on the whole batch, to rounding. Every forward of a micro-batch draws the same random numbers in each of its
     runs, and the random states are afterwards those of a loop of forwards over the micro-batches. A layer that a
     forward calls twice normalizes and stores each call, as for the whole batch. Other modules that change themselves in
-    a forward, such as counters, see several forwards.
+    a forward, such as counters, see several forwards. Forwards wait for each other at the layers: a global of the
+    user's code that a forward changes for its own duration reaches the others too, which is not noticed.
 
     The model runs on every micro-batch once to measure (twice if it draws random numbers; once for every call of a
     layer, to that call, if greenlet is not installed or forwards may not wait), and once with gradients.
