@@ -552,6 +552,7 @@ def test_a_model_that_recomputes_is_refused(gradient, use_reentrant, segments):
     x = [part.requires_grad_() for part in torch.randn(16, 5).split(8)]
     with pytest.raises(RuntimeError, match="runs a model that recomputes nothing itself"):
         bn.step_backward(Recomputing(), x, total, gradient=gradient, segments=segments)
+    assert torch._C._is_fwd_grad_enabled()  # which every waiting forward found off, inside an autograd Function
 
 
 def test_a_step_inside_a_step_is_refused():

@@ -16,6 +16,7 @@ from fingerprint import fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
@@ -489,3 +490,13 @@ def test_too_few_values_are_refused_as_by_restarted_forwards():
         ):
             recalibrate(model, batches, memory=memory)
     assert fingerprint(model) == before
+
+
+def test_forwards_that_wait_inside_an_autograd_function_leave_forward_mode_on():
+    class Recomputing(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model = Recomputing(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    recalibrate(model, [torch.randn(8, 3, requires_grad=True) for _ in range(3)])
+    assert torch._C._is_fwd_grad_enabled()

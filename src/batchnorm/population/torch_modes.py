@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch.autograd import forward_ad
 
 
 @final
@@ -19,12 +20,14 @@ class Modes:
     Args:
         inference: Whether inference mode is on.
         grad: Whether gradients are recorded.
+        forward_mode: Whether forward-mode differentiation is possible; inside an autograd Function it is not.
         autocast: For each kind of device whether autocast is on, and its dtype.
         cuda: Current CUDA device and stream, if CUDA is in use.
     """
 
     inference: bool
     grad: bool
+    forward_mode: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     cuda: tuple[int, int] | None
 
@@ -34,7 +37,8 @@ class Modes:
         kinds = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         cuda = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream) if len(kinds) > 1 else None
-        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast, cuda)
+        forward_mode = torch._C._is_fwd_grad_enabled()
+        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), forward_mode, autocast, cuda)
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -49,6 +53,7 @@ class Modes:
             if now.inference != self.inference:
                 stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
+            stack.enter_context(forward_ad._set_fwd_grad_enabled(self.forward_mode))
             for before, (kind, enabled, dtype) in zip(now.autocast, self.autocast, strict=False):
                 if before != (kind, enabled, dtype):
                     stack.enter_context(torch.autocast(kind, dtype, enabled))
