@@ -492,6 +492,7 @@ def test_too_few_values_are_refused_as_by_restarted_forwards():
     assert fingerprint(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_forwards_that_wait_inside_an_autograd_function_leave_forward_mode_on():
     class Recomputing(nn.Sequential):
         def forward(self, x):
