@@ -82,14 +82,14 @@ def from_total(batch: JoinedBatch, grad: Tensor, kept: Four, total: Tensor) -> F
         d_x = _through_moments(batch, total)
         d_x = d_x if direct is None else d_x + direct
     found = (d_x, d_weight, d_bias, d_residual)
-    return tuple(None if t is None or d is None else d.to(t.dtype) for t, d in zip(batch.tensors, found, strict=True))  # type: ignore[return-value]
+    return tuple(None if t is None or d is None else d.to(t.dtype) for t, d in zip(batch.tensors, found, strict=True))  # type: ignore[return-value] - four tensors
 
 
 def _forward_pass(batch: JoinedBatch) -> ForwardPass | None:
     """The pass as the kernels know it; None if they do not compute such a sample."""
     x, sample, layer, residual, measured = batch
     valid = sample.positions(x)
-    if not (sample.is_whole or valid is not None) or not is_plain(*batch.tensors, valid) or x.is_complex():
+    if not samples.is_for_kernels(sample, valid, x, *batch.tensors[1:]):
         return None
     return ForwardPass(x, measured.statistics, layer, residual=residual, valid=valid)
 
@@ -105,7 +105,7 @@ def _shares_by_formula(batch: JoinedBatch, grad: Tensor) -> tuple[Tensor, Four]:
     d_mean, d_var, *others = gradients([y], [mean, var, *inputs], [grad], create_graph=False)
     zeros = torch.zeros_like(mean)
     sums = torch.stack([zeros if each is None else each for each in (d_mean, d_var)])
-    return sums, tuple(others)  # type: ignore[return-value]
+    return sums, tuple(others)  # type: ignore[return-value] - four tensors
 
 
 def _through_moments(batch: JoinedBatch, total: Tensor) -> Tensor:

@@ -92,8 +92,7 @@ def train(
     Differentiable in x, weight, bias and residual any number of times.
     """
     valid = sample.positions(x)
-    tensors = (x, residual, layer.weight, layer.bias, valid)
-    by_kernels = (sample.is_whole or valid is not None) and is_plain(*tensors) and not x.is_complex()
+    by_kernels = is_for_kernels(sample, valid, x, residual, layer.weight, layer.bias)
     if by_kernels and valid is None and group is None and adjust is None:
         return _in_one_call(x, layer, residual)
     measured = _measured(x, valid) if by_kernels else Measured(*reference.measure_counted(x, sample.counts(x)))
@@ -108,6 +107,11 @@ def train(
     return y, measured.detached()
 
 
+def is_for_kernels(sample: Sample, valid: Tensor | None, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels compute a sample whose valid positions are ``valid``, from ``x`` and the other tensors."""
+    return (sample.is_whole or valid is not None) and is_plain(x, *others, valid) and not x.is_complex()
+
+
 def _in_one_call(x: Tensor, layer: Layer, residual: Tensor | None) -> tuple[Tensor, Measured]:
     """As ``train``, for a whole batch alone: the kernel reads memory once if a channel fits the cache."""
     with torch.no_grad():
@@ -119,7 +123,7 @@ def _in_one_call(x: Tensor, layer: Layer, residual: Tensor | None) -> tuple[Tens
 def measure(x: Tensor, sample: Sample) -> Measured:
     """The moments of a sample of the batch, with a gradient if ``x`` has one."""
     valid, is_tracked = sample.positions(x), torch.is_grad_enabled() and x.requires_grad
-    if not is_tracked and (sample.is_whole or valid is not None) and is_plain(x, valid) and not x.is_complex():
+    if not is_tracked and is_for_kernels(sample, valid, x):
         return _measured(x, valid)
     return Measured(*reference.measure_counted(x, sample.counts(x)))
 

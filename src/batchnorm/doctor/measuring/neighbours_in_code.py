@@ -247,7 +247,7 @@ def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[A
     return None
 
 
-def _drops(p: object = 0.5, training: object = True, inplace: object = False, **_: object) -> bool:  # noqa: ARG001
+def _drops(p: object = 0.5, training: object = True, inplace: object = False, **_: object) -> bool:  # noqa: ARG001 - torch's
     """Whether a call of torch's dropout function with these arguments drops anything."""
     return p != 0 and training is not False
 
