@@ -1,0 +1,84 @@
+"""Blocks: a part of a data set in memory, and pieces: the parts of files that are read and counted as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, final
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """Values of one column in a block.
+
+    Args:
+        values: Array (n, *shape) of a real type: n values of every feature. A column of numbers has shape (), an
+            embedding (length,), an image (channels,): there n is the number of pixels.
+        present: Boolean array (n,); False where a value is null. None if no value is null.
+    """
+
+    values: np.ndarray
+    present: np.ndarray | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A part of a data set that fits into memory.
+
+    Args:
+        rows: Number of examples: rows of a table, or images.
+        columns: The columns, by name, in the order of the file.
+        group: The group of all rows (such as an image's class folder), or an array (n,) with the group of each value;
+            None if the statistics are not grouped.
+    """
+
+    rows: int
+    columns: Mapping[str, Column]
+    group: str | np.ndarray | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What of a data set is measured.
+
+    Args:
+        columns: Names of columns; () for all columns of numbers.
+        by: The column whose values are the groups; "" for no groups. "folder" for image folders without such a column.
+    """
+
+    columns: tuple[str, ...] = ()
+    by: str = ""
+
+
+class Piece(Protocol):
+    """A part of a file that is measured as a whole: the unit in which a job is spread, counted and resumed.
+
+    Pieces are small values that can be pickled: they have the address of their file, and read it where they are used.
+    """
+
+    @property
+    def file(self) -> str:
+        """Address of the file."""
+
+    @property
+    def key(self) -> str:
+        """Name of this piece, the same in every run for the same content: fingerprint of the file, and the part."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that belong to this piece, for progress."""
+
+    def blocks(self, selection: Selection) -> Iterator[Block]:
+        """The content, in blocks of at most about 32 MB as float64.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If its content is damaged or has not what was selected.
+            TypeError: If a selected column has no numbers.
+        """
