@@ -16,13 +16,17 @@ class Column:
     """Values of one column in a block.
 
     Args:
-        values: Array (n, *shape) of a real type: n values of every feature. A column of numbers has shape (), an
-            embedding (length,), an image (channels,): there n is the number of pixels.
-        present: Boolean array (n,); False where a value is null. None if no value is null.
+        values: Array (n, *shape) of a real type (bool, integers, floats): n values of every feature. A column of
+            numbers has shape (), an embedding (length,), an image (channels,): there n is the number of pixels. The
+            array may be read-only and have any strides. Where a value is null, the array has any number.
+        present: Boolean array (n,), False where a row is null; or (n, *shape), False where a feature of a row is null.
+            None if no value is null.
+        unit: The value of full scale, by which statistics are divided: 255 for images of 8 bits. 1 for other columns.
     """
 
     values: np.ndarray
     present: np.ndarray | None = None
+    unit: float = 1.0
 
 
 @final
@@ -34,12 +38,15 @@ class Block:
         rows: Number of examples: rows of a table, or images.
         columns: The columns, by name, in the order of the file.
         group: The group of all rows (such as an image's class folder), or an array (n,) with the group of each value;
-            None if the statistics are not grouped.
+            None if the statistics are not grouped. An array has strings if ``labels`` is empty, or else integers.
+        labels: Names of groups: ``group`` is then an integer array, and the group of a value is ``labels[group]``.
+            The names are unique; some may have no value in this block.
     """
 
     rows: int
     columns: Mapping[str, Column]
     group: str | np.ndarray | None = None
+    labels: tuple[str, ...] = ()
 
 
 @final
