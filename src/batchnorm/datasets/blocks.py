@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# the group of values whose column of groups is null
+NO_GROUP = "(null)"
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Column:
@@ -34,8 +38,11 @@ class Column:
 class Block:
     """A part of a data set that fits into memory.
 
+    Wide tables come in several blocks for the same rows, each with some of the columns: the first has the number of
+    rows, the others have ``rows`` 0.
+
     Args:
-        rows: Number of examples: rows of a table, or images.
+        rows: Number of examples: rows of a table, or images. 0 if an earlier block counted them.
         columns: The columns, by name, in the order of the file.
         group: The group of all rows (such as an image's class folder), or an array (n,) with the group of each value;
             None if the statistics are not grouped. An array has strings if ``labels`` is empty, or else integers.
@@ -74,8 +81,16 @@ class Piece(Protocol):
         """Address of the file."""
 
     @property
+    def fingerprint(self) -> str:
+        """What identifies the content of the file: size and time of change, or the store's own tag."""
+
+    @property
     def key(self) -> str:
-        """Name of this piece, the same in every run for the same content: fingerprint of the file, and the part."""
+        """Name of this piece, the same in every run while the file does not change.
+
+        It depends on the address and fingerprint of the file, on the part, and on the options that change the values;
+        not on the selection.
+        """
 
     @property
     def size(self) -> int:

@@ -17,8 +17,9 @@ def measure(piece: Piece, selection: Selection) -> DataStatistics:
     for block in piece.blocks(selection):
         columns = {name: ColumnStatistics.of(column) for name, column in block.columns.items()}
         before = total
+        known = before.columns if before else {}
         total = Partial(
             block.rows + (before.rows if before else 0),
-            {name: each if before is None else before.columns[name] + each for name, each in columns.items()},
+            {**known, **{name: known[name] + each if name in known else each for name, each in columns.items()}},
         )
     return DataStatistics(total or Partial(0, {}))

@@ -8,10 +8,17 @@ import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, final
 
 Address = str | os.PathLike[str]
+
+# what stores call the version of a file, best first: tags and checksums, then times of change
+_VERSIONS = (
+    "ETag", "etag", "md5Hash", "content_md5", "checksum", "CRC", "generation", "VersionId",
+    "mtime", "LastModified", "last_modified", "updated", "modified", "created",
+)  # fmt: skip
 
 # at least two letters: a single letter is a drive of Windows
 _PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]+(://|::.*://)", re.IGNORECASE)
@@ -62,6 +69,36 @@ def opened(address: Address) -> BinaryIO:
         file = system.open(path, "rb")
     weakref.finalize(file, bool, system)  # keeps the system: an archive is closed with its system, not with its files
     return file
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Bytes of a file, and what changes with its content: its time of change, or the store's own tag or checksum."""
+
+    size: int
+    version: str
+
+
+def details(address: Address) -> Details:
+    """Size and version of a file as it is now; version "" if the store does not say it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If fsspec does not know the protocol of the address.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
+        OSError: If the address cannot be reached.
+    """
+    name = os.fspath(address)
+    if not is_remote(name):
+        about = Path(name).stat()
+        return Details(about.st_size, str(about.st_mtime_ns))
+    with reaching(name):
+        system, path = _system(name)
+        system.invalidate_cache(path)
+        stored = system.info(path)
+    version = next((str(stored[key]) for key in _VERSIONS if stored.get(key)), "")
+    return Details(int(stored.get("size") or stored.get("file_size") or 0), version)
 
 
 @contextmanager

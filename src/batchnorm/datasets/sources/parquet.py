@@ -1,0 +1,220 @@
+"""Parquet: a piece is a row group, or several small ones in a row.
+
+A row group may be larger than memory. It is read in strips of columns, so that a strip has at most ``MOST_VALUES``; a
+column with more values is read in batches of rows. pyarrow holds one page of each column that it reads at a time,
+so strips bound its memory as well: a batch of all of 1,000 columns would need 1,000 pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, final
+
+from batchnorm.datasets.blocks import Block, Selection
+from batchnorm.datasets.sources.arrow_columns import columns_in, features_of, groups_in, leaves, shape_in
+from batchnorm.datasets.sources.options import Options
+from batchnorm.datasets.sources.packages import require_package
+from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan
+from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
+from batchnorm.datasets.sources.stored_files import StoredFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+# Bytes that are read at a time from a file on a disk: pyarrow reads no more of a column than it decodes.
+_BUFFER = 1 << 20
+# Bytes of a strip that are fetched at once from a store, where every request takes time.
+_FETCHED = 64 << 20
+# Row groups of fewer bytes are joined to pieces of this share of ``Options.piece_bytes``.
+_JOINED = 4
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ParquetPiece:
+    """Row groups ``first`` to ``last - 1`` of a file.
+
+    Args:
+        stored: The file.
+        first: The first row group.
+        last: The row group after the last one.
+        size: Bytes of these row groups.
+        shapes: Shapes of columns of lists, whose type does not say their lengths.
+    """
+
+    stored: StoredFile
+    first: int
+    last: int
+    size: int
+    shapes: tuple[tuple[str, Shape], ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Address of the file."""
+        return self.stored.address
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the content of the file."""
+        return self.stored.fingerprint
+
+    @property
+    def key(self) -> str:
+        """Name of this piece, the same in every run while the file does not change."""
+        return self.stored.key(f"row groups {self.first}-{self.last}")
+
+    def blocks(self, selection: Selection) -> Iterator[Block]:
+        """The rows of the row groups, in strips of columns."""
+        require_package("pyarrow", "Parquet files")
+        self.stored.check()
+        groups = list(range(self.first, self.last))
+        about = _footer(self.stored)
+        features = resolved(features_of(about.schema.to_arrow_schema()), dict(self.shapes))
+        shapes = {name: features[name].shape or () for name in names_of(selection, features)}
+        rows = sum(about.row_group(each).num_rows for each in groups)
+        for number, strip in enumerate(_strips(shapes, rows)):
+            for block in self._strip(groups, strip, selection.by):
+                yield block if number == 0 else Block(0, block.columns, block.group, block.labels)
+
+    def _strip(self, groups: list[int], strip: dict[str, Shape], by: str) -> Iterator[Block]:
+        constant = self.stored.partitions.get(by) if by else None
+        wanted = [*strip, by] if by and constant is None and by not in strip else list(strip)
+        rows = max(1, MOST_VALUES // sum(map(math.prod, strip.values()))) if strip else MOST_VALUES
+        with _reading(self.stored, f"row groups {self.first} to {self.last - 1}"):
+            for batch in _batches(self.stored, groups, wanted, rows):
+                columns = columns_in(batch, strip)
+                if not by or constant is not None:
+                    yield Block(batch.num_rows, columns, constant)
+                else:
+                    yield Block(batch.num_rows, columns, *groups_in(dict(leaves(batch))[by]))
+
+
+def plan(stored: StoredFile, options: Options) -> FilePlan:
+    """The columns of a Parquet file, from its footer, and its pieces.
+
+    Raises:
+        ValueError: If the file is no Parquet file, or damaged.
+        OSError: If it cannot be read.
+    """
+    require_package("pyarrow", "Parquet files")
+    with _reading(stored, "the footer"):
+        about = _footer(stored)
+        features = {
+            name: _with_lengths(stored, about, name, each)
+            for name, each in features_of(about.schema.to_arrow_schema()).items()
+        }
+
+    def cut(shapes: Mapping[str, Shape]) -> Iterator[ParquetPiece]:
+        lists = unsaid(features_of(about.schema.to_arrow_schema()), shapes)
+        for first, last, size in _joined(about, options.piece_bytes // _JOINED):
+            yield ParquetPiece(stored, first, last, size, lists)
+
+    return FilePlan(FileSchema(stored.address, features, stored.partitions), cut)
+
+
+def _with_lengths(stored: StoredFile, about: pq.FileMetaData, name: str, feature: Feature) -> Feature:
+    """The feature with the shape of its first list, if its type does not say the lengths of lists."""
+    if feature.shape is not None or feature.kind != "number":
+        return feature
+    shapes = (
+        shape_in(dict(leaves(batch))[name]) for batch in _batches(stored, range(about.num_row_groups), [name], 64)
+    )
+    shape = next((each for each in shapes if each is not None), None)
+    kind = "null" if shape is None else feature.kind
+    return Feature(kind, shape, feature.type, feature.groups)
+
+
+def _joined(about: pq.FileMetaData, most: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of row groups, and their bytes: single row groups, or several that are small."""
+    first = size = 0
+    for number in range(about.num_row_groups):
+        group = about.row_group(number)
+        bytes_ = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        if number > first and size + bytes_ > most:
+            yield first, number, size
+            first, size = number, 0
+        size += bytes_
+    if about.num_row_groups:
+        yield first, about.num_row_groups, size
+
+
+def _strips(shapes: Mapping[str, Shape], rows: int) -> Iterator[dict[str, Shape]]:
+    """The columns in parts that have at most ``MOST_VALUES`` in all rows, or in one part per column."""
+    strip: dict[str, Shape] = {}
+    values = 0
+    for name, shape in shapes.items():
+        more = rows * math.prod(shape)
+        if strip and values + more > MOST_VALUES:
+            yield strip
+            strip, values = {}, 0
+        strip[name] = shape
+        values += more
+    yield strip
+
+
+def _batches(stored: StoredFile, groups: Iterable[int], names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    about = _footer(stored)
+    groups = list(groups)
+    with _parquet_file(stored, _fetched_at_once(about, groups, names)) as file:
+        yield from file.iter_batches(rows, row_groups=groups, columns=names, use_threads=False)
+
+
+def _fetched_at_once(about: pq.FileMetaData, groups: list[int], names: list[str]) -> bool:
+    """Whether the bytes of columns in row groups are few enough to be fetched at once."""
+    chosen = tuple(names)
+    tops = tuple(f"{name}." for name in names)
+    total = 0
+    for number in groups:
+        group = about.row_group(number)
+        columns = (group.column(i) for i in range(group.num_columns))
+        total += sum(
+            c.total_compressed_size for c in columns if c.path_in_schema in chosen or c.path_in_schema.startswith(tops)
+        )
+    return total <= _FETCHED
+
+
+@contextmanager
+def _parquet_file(stored: StoredFile, at_once: bool) -> Iterator[pq.ParquetFile]:
+    """The file, open: from a disk in small buffers, from a store in large ones or all bytes of the columns at once."""
+    import pyarrow.parquet as pq
+
+    about = _footer(stored)
+    if stored.is_local:
+        with pq.ParquetFile(stored.address, metadata=about, buffer_size=_BUFFER) as file:
+            yield file
+        return
+    size = 0 if at_once else 8 * _BUFFER
+    with stored.open() as source, pq.ParquetFile(source, metadata=about, pre_buffer=at_once, buffer_size=size) as file:
+        yield file
+
+
+@lru_cache(maxsize=16)
+def _footer(stored: StoredFile) -> pq.FileMetaData:
+    """The footer of a file. It is cached for the pieces of the same file."""
+    import pyarrow.parquet as pq
+
+    with stored.open() as source:
+        return pq.read_metadata(source)
+
+
+@contextmanager
+def _reading(stored: StoredFile, part: str) -> Iterator[None]:
+    """A block that reads a part of a file; pyarrow's errors say which file is damaged, and what to do."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(
+            f"expected a Parquet file, got {stored.address}, which is damaged or no Parquet file: {part} cannot be "
+            f"read ({error}). Write it again, or leave it out."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{stored.address}, {part}: {error}") from error

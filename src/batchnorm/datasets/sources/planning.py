@@ -1,0 +1,109 @@
+"""Planning: which files there are, whether they agree, and into which pieces they are cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from batchnorm.datasets.blocks import Piece, Selection
+from batchnorm.datasets.sources.formats import Format, by_suffix, format_named, format_of, supported
+from batchnorm.datasets.sources.options import Options
+from batchnorm.datasets.sources.schemas import measured
+from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.files.remote import Address, is_remote, listed
+
+Data = Address | Sequence[Address]
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+# Files that are looked at in one time: the threads wait for a disk or a store.
+_THREADS = 16
+
+
+def pieces(data: Data, selection: Selection | None = None, options: Options | None = None) -> list[Piece]:
+    """The pieces of a data set, in a fixed order: files sorted by address, pieces in the order of the file.
+
+    Args:
+        data: A file, a folder, a pattern, or a list of them: local paths, or addresses that fsspec opens. Below
+            folders, files of no known format and names that begin with a dot or _ are left out.
+        selection: Which columns are measured, and which column has the groups; all columns of numbers by default.
+        options: How files are read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If a file or address cannot be read.
+        ValueError: If a file is empty, damaged or of no known format, if formats are mixed, or if files differ in the
+            columns that are measured.
+        TypeError: If a column that is measured has no numbers, or ``data`` is no address.
+        ModuleNotFoundError: If a package that reads the format is not installed.
+    """
+    selection, options = selection or Selection(), options or Options()
+    addresses = _addresses(data, options)
+    files = _together(StoredFile.at, addresses)
+    format_ = _one_format(files, options)
+    plans = _together(lambda stored: format_.plan(stored, options), files)
+    shapes = measured([each.schema for each in plans], selection)
+    return [piece for each in plans for piece in each.cut(shapes)]
+
+
+def _addresses(data: Data, options: Options) -> list[str]:
+    given = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not given:
+        raise ValueError("expected a file, a folder or a pattern, or a list of them, got an empty list. Name a file.")
+    for each in given:
+        if not isinstance(each, str | os.PathLike):
+            raise TypeError(
+                f"expected a path or an address, or a list of them, got {type(each).__name__}. Name files of data."
+            )
+    found = dict.fromkeys(file for each in given for file in _files_at(os.fspath(each), options))
+    return sorted(found)
+
+
+def _files_at(address: str, options: Options) -> list[str]:
+    """The file at an address; the files of known formats, if the address is a folder or a pattern."""
+    files = listed(address)
+    if files == [address] or (len(files) == 1 and not _is_folder(address)):
+        return files
+    suited = [file for file in files if _is_data(file, options)]
+    if not suited:
+        raise ValueError(
+            f"expected files with data, got {address} with {len(files)} files, none of them of a known format, such as "
+            f"{files[0]}. {supported()}"
+        )
+    return suited
+
+
+def _is_folder(address: str) -> bool:
+    return not is_remote(address) and Path(address).is_dir()
+
+
+def _is_data(file: str, options: Options) -> bool:
+    if PurePosixPath(file.replace("\\", "/")).name.startswith(("_", ".")):
+        return False
+    found = by_suffix(file)
+    return found is not None and options.format in {"", found.name}
+
+
+def _one_format(files: Sequence[StoredFile], options: Options) -> Format:
+    if options.format:
+        return format_named(options.format)
+    formats = _together(format_of, files)
+    kinds = {each.name: (each, file) for each, file in zip(formats, files, strict=True)}
+    if len(kinds) > 1:
+        counts = (
+            f"{sum(each.name == name for each in formats)} of {name}, such as {file.address}"
+            for name, (_, file) in kinds.items()
+        )
+        raise ValueError(
+            f"expected files of one format, got {'; '.join(counts)}. Give a pattern such as folder/*"
+            f"{next(iter(kinds.values()))[0].suffixes[0]}, or say the format (format, --format)."
+        )
+    return formats[0]
+
+
+def _together(what: Callable[[_A], _B], items: Iterable[_A]) -> list[_B]:
+    """``what`` of every item, in their order; several at a time."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(what, items))

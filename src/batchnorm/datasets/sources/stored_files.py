@@ -1,0 +1,87 @@
+"""Stored files: their addresses, sizes and fingerprints; a file that changed since a job was planned is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO, final
+from urllib.parse import unquote
+
+from batchnorm.files.remote import details, is_remote, opened
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file as it was when the job was planned.
+
+    Args:
+        address: A local path, or an address of fsspec.
+        fingerprint: What identifies the content: size and time of change, or size and the store's own tag.
+        size: Bytes.
+    """
+
+    address: str
+    fingerprint: str
+    size: int
+
+    @staticmethod
+    def at(address: str) -> StoredFile:
+        """The file at an address, as it is now.
+
+        Raises:
+            OSError: If there is no such file, or it cannot be reached.
+            ValueError: If it has no bytes.
+        """
+        about = details(address)
+        if about.size == 0:
+            raise ValueError(
+                f"expected a file with data, got {address}, which has 0 bytes. Write it again, or leave it out."
+            )
+        return StoredFile(address, f"{about.size}-{about.version}", about.size)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is a path of this machine."""
+        return not is_remote(self.address)
+
+    def key(self, part: object) -> str:
+        """Name of a part of the file: the same in every run while the file does not change."""
+        place = str(Path(self.address).absolute()) if self.is_local else self.address
+        name = sha256(f"{place}\0{self.fingerprint}".encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{name[:32]}:{part}"
+
+    def check(self) -> None:
+        """Raise a ValueError if the file is no longer what it was.
+
+        Raises:
+            ValueError: If its size, time of change or tag differ.
+            OSError: If it is not there, or cannot be reached.
+        """
+        about = details(self.address)
+        if f"{about.size}-{about.version}" != self.fingerprint:
+            raise ValueError(
+                f"expected {self.address} as it was when the job was planned, got a file that changed since then. "
+                "Start again when nothing writes to it."
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The file, open for reading bytes; it can seek.
+
+        Raises:
+            ValueError: If the file changed.
+            OSError: If it cannot be read.
+        """
+        self.check()
+        with opened(self.address) as file:
+            yield file
+
+    @property
+    def partitions(self) -> dict[str, str]:
+        """Values of the folders of a partitioned table: {"year": "2024"} for t/year=2024/part.parquet."""
+        folders = (part.partition("=") for part in self.address.replace("\\", "/").split("/")[:-1])
+        return {unquote(name): unquote(value) for name, is_one, value in folders if is_one and name}
