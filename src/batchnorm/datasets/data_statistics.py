@@ -22,6 +22,14 @@ class Partial:
     rows: int
     columns: Mapping[str, ColumnStatistics]
 
+    def __add__(self, other: Partial) -> Partial:
+        """Statistics of the rows of both sides."""
+        if not self.columns or not other.columns:
+            return other if not self.columns else self
+        return Partial(
+            self.rows + other.rows, {name: each + other.columns[name] for name, each in self.columns.items()}
+        )
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,3 +65,10 @@ class DataStatistics:
     by: str = ""
     groups: Mapping[str, Partial] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
+
+    def __add__(self, other: DataStatistics) -> DataStatistics:
+        """Statistics of the data of both sides."""
+        groups = dict(self.groups)
+        for name, each in other.groups.items():
+            groups[name] = groups[name] + each if name in groups else each
+        return DataStatistics(self.total + other.total, self.by or other.by, groups, self.sources + other.sources)

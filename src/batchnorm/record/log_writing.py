@@ -7,11 +7,11 @@ import json
 import os
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from batchnorm.files.locks import lock, unlock
 from batchnorm.files.whole import replacing
 from batchnorm.record.log_entry import Described, JsonValue, Line, Record, plain
 from batchnorm.record.log_reading import ARRAYS, STREAM, Log
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _ALIKE = ("name", "channels", "kind")  # equal in the log and in the model if the layer is the same
+_LOCKED = "another process or another watch writes to {folder}. Choose a new folder, or stop the other writer."
 _open: WeakSet[Writer] = WeakSet()
 
 
@@ -56,7 +57,7 @@ class Writer:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         _open.add(self)
         try:
-            _lock(self._file, self.folder)
+            lock(self._file, _LOCKED.format(folder=self.folder))
             self._continue(path, layers)
             first = {"schema_version": SCHEMA_VERSION, "time": time.time(), "layers": list(layers), **about}
             self._append("start", first, must=True)
@@ -100,7 +101,7 @@ class Writer:
     def close(self) -> None:
         """Unlock and close the log; later writes do nothing."""
         if self._file >= 0:
-            _unlock(self._file)
+            unlock(self._file)
             self.let_go()
 
     def let_go(self) -> None:
@@ -172,29 +173,6 @@ def _difference(old_layers: Sequence[Described], new_layers: Sequence[Described]
 def _described(layer: Described) -> str:
     kind = f"{layer['kind']} " if "kind" in layer else ""
     return f"{kind}{layer.get('name')!r} of {layer.get('channels')} channels"
-
-
-def _lock(file: int, folder: Path) -> None:
-    """Lock the log while it is open; does nothing if the operating system or the file system has no locks."""
-    with suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process or another watch writes to {folder}. Choose a new folder, or stop the other writer."
-            ) from None
-        except OSError:
-            pass
-
-
-def _unlock(file: int) -> None:
-    """Release the lock, also if a forked process still has the file open."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _in_child() -> None:

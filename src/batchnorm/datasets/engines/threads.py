@@ -1,0 +1,48 @@
+"""The engine threads: the threads of this process, in which readers and native code release Python's lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, final
+
+from batchnorm.datasets.engines import merging
+from batchnorm.datasets.engines.attempts import Outcome, successes
+from batchnorm.datasets.engines.window import outcomes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from batchnorm.datasets.blocks import Piece
+    from batchnorm.datasets.data_statistics import DataStatistics
+    from batchnorm.datasets.engines.protocol import Measure
+
+
+@final
+class Threads:
+    """Measures pieces in threads, twice as many pieces as threads being handed out at a time."""
+
+    def __init__(self, address: None = None, workers: int | None = None) -> None:  # noqa: ARG002 - no address
+        self._threads = workers or processors()
+
+    def partials(self, pieces: Sequence[Piece], measure: Measure) -> Iterator[tuple[int, DataStatistics]]:
+        """The statistics of each piece with its index, as soon as they are known."""
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="batchnorm-stats")
+        try:
+            yield from successes(outcomes(pool, _first, pieces, measure, 2 * self._threads))
+        finally:  # after Ctrl-C too: pieces that no thread has begun are dropped
+            pool.shutdown(cancel_futures=True)
+
+    def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
+        """The statistics of all pieces, added in a fixed order."""
+        return merging.merged(partials)
+
+
+def _first(running: set[Future[Outcome]]) -> set[Future[Outcome]]:
+    return wait(running, return_when=FIRST_COMPLETED).done
+
+
+def processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
