@@ -1,6 +1,10 @@
 """Bets: no factor gains under the null in expectation, whatever the distribution, and wealth is what its sum says."""
 
+import itertools
 import math
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.shift import betting
-from batchnorm.shift.e_processes import EProcesses
+from batchnorm.shift.e_processes import EProcesses, highest, multiplied, weighted_sum
 
 # expectations are over two or three points, so a sum of three terms and some logarithms: 64 roundings at most
 ROUNDING = 64 * np.finfo(np.float64).eps
@@ -208,29 +212,54 @@ def test_e_sr_is_the_sum_of_products_from_every_observation(logs: list[float]) -
     assert float(wealth.log.exp()) == pytest.approx(sum(3 * factors[j:].prod() for j in range(len(logs))), rel=1e-9)
 
 
-@given(st.lists(st.floats(-3, 3), min_size=2, max_size=20), st.integers(1, 19))
-def test_e_sr_of_two_replicas_is_that_of_one_after_the_other(logs: list[float], cut: int) -> None:
-    cut = min(cut, len(logs) - 1)
-    whole, first, second = (EProcesses.start((), is_spread=False) for _ in range(3))
-    for i, log in enumerate(logs):
-        whole = whole.bet(tensor(log)[0], 1)
-        first, second = (first.bet(tensor(log)[0], 1), second) if i < cut else (first, second.bet(tensor(log)[0], 1))
-    merged = first.merged([second])
-    assert float(merged.log) == pytest.approx(float(whole.log), abs=1e-9)
-    assert float(merged.product) == pytest.approx(float(whole.product), abs=1e-9)
+def outcomes(*counts: int, is_spread: bool = True) -> Iterator[list[EProcesses]]:
+    """Streams of so many fair coins each, factors 1/2 and 3/2, in all their outcomes, which are equally likely."""
+    for bits in itertools.product((0.5, 1.5), repeat=sum(counts)):
+        logs = iter(math.log(bit) for bit in bits)
+        streams = []
+        for count in counts:
+            wealth = EProcesses.start((), is_spread=is_spread)
+            for _ in range(count):
+                wealth = wealth.bet(tensor(next(logs))[0], 1)
+            streams.append(wealth)
+        yield streams
 
 
-def test_merged_spread_wealth_has_mean_one_under_fair_bets() -> None:
-    """Exactly, over all outcomes of four fair coins: factors 1/2 and 3/2."""
-    total = 0.0
-    for outcome in range(16):
-        logs = [math.log(0.5 if outcome >> i & 1 else 1.5) for i in range(4)]
-        first, second = EProcesses.start((), is_spread=True), EProcesses.start((), is_spread=True)
-        for log in logs[:3]:
-            first = first.bet(tensor(log)[0], 1)
-        second = second.bet(tensor(logs[3])[0], 1)
-        total += float(first.merged([second]).log.exp()) / 16
-    assert total == pytest.approx(1, abs=1e-12)
+def mean_over_outcomes(
+    combine: Callable[[list[EProcesses]], EProcesses], *counts: int, is_spread: bool = True
+) -> float:
+    return statistics.fmean(float(combine(streams).log.exp()) for streams in outcomes(*counts, is_spread=is_spread))
+
+
+def test_combined_streams_have_mean_one_under_fair_bets() -> None:
+    """Exactly, over all outcomes; a stream of the fleet that is not there has 1 in the product, and 0 in the sum."""
+    assert mean_over_outcomes(lambda each: weighted_sum(each, -math.log(2)), 3, 1) == pytest.approx(1, abs=1e-12)
+    assert mean_over_outcomes(lambda each: weighted_sum(each, -math.log(3)), 3, 1) == pytest.approx(2 / 3, abs=1e-12)
+    for fleet in (2, 3):
+        combine = partial(multiplied, fleet=fleet)
+        assert mean_over_outcomes(combine, 3, 1) == pytest.approx(1, abs=1e-12)
+    assert mean_over_outcomes(combine, 4, 0) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_sum_of_e_sr_has_the_number_of_all_observations_as_its_mean() -> None:
+    assert mean_over_outcomes(partial(weighted_sum, log_weight=0.0), 3, 2, is_spread=False) == pytest.approx(
+        5, abs=1e-9
+    )
+
+
+def test_the_highest_of_two_streams_is_at_most_their_sum_in_each_place() -> None:
+    random, shape = torch.Generator().manual_seed(0), (2, 3, 5)
+    streams = []
+    for _ in range(4):
+        wealth = EProcesses.start(shape, is_spread=True)
+        for _ in range(5):
+            wealth = wealth.bet(torch.randn(shape, generator=random, dtype=torch.float64), 2)
+        streams.append(wealth)
+    means = torch.stack([wealth.log_mean for wealth in streams])
+    most = highest(streams, 0.0).log_mean
+    assert bool((most <= means.amax(0) + 1e-12).all())
+    assert bool((most >= means.amax(0) - 0.2).all())  # of what has not begun, the least counts
+    assert bool((most <= weighted_sum(streams, 0.0).log_mean).all())
 
 
 @pytest.mark.parametrize("is_spread", [True, False])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from batchnorm.shift import Reference, conformal
 from batchnorm.shift.conformal import BETS, CELLS, Bag, cells_of, factors
-from batchnorm.shift.e_processes import EProcesses
-from batchnorm.shift.evidence import KINDS, ShiftEvidence
+from batchnorm.shift.e_processes import EProcesses, highest, multiplied
+from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.layer_evidence import KINDS
 from batchnorm.shift.scores import KIND_OF, Scores
 
 DOUBLE = torch.float64
@@ -259,12 +260,13 @@ def test_replicas_with_one_calibration_are_the_largest_of_them_by_their_number(
 ) -> None:
     made = []
     for factors_ in logs:
-        wealth = EProcesses.start((), is_spread=is_spread)
+        wealth = EProcesses.start((1, 1), is_spread=is_spread)
         for factor in factors_:
-            wealth = wealth.bet(torch.tensor(factor, dtype=DOUBLE), 2)
+            wealth = wealth.bet(torch.tensor([[factor]], dtype=DOUBLE), 2)
         made.append(wealth)
-    together, each = made[0].highest(made[1:]), [float(wealth.log) for wealth in made]
-    most = max(each) - (math.log(len(made)) if is_spread else 0)
+    log_weight = -math.log(len(made)) if is_spread else 0.0
+    together, each = highest(made, log_weight), [float(wealth.log) for wealth in made]
+    most = max(each) + log_weight
     assert float(together.log) <= most + 1e-9
     if len(made) == 1 or not is_spread:
         assert float(together.log) == pytest.approx(most, abs=1e-9)
@@ -277,7 +279,6 @@ def test_replicas_with_one_calibration_are_the_largest_of_them_by_their_number(
 def test_replicas_that_share_a_calibration_keep_the_promise_and_products_of_them_would_not(is_spread: bool) -> None:
     """A hundred replicas beside ten clean observations: where these lie low, all of them win at first."""
     random, count, alpha, replicas, length = torch.Generator().manual_seed(5), 300, 0.01, 100, 8
-    rang = {"highest": 0, "merged": 0}
     limit = -math.log(alpha) if is_spread else math.log(2 * replicas * length / alpha)
     calibration = torch.randn(10, count, generator=random, dtype=DOUBLE)
     made = []
@@ -289,13 +290,12 @@ def test_replicas_that_share_a_calibration_keep_the_promise_and_products_of_them
             wealth = wealth.bet(factors(bag.p_values(cells)), 1)
             bag = bag.with_(cells)
         made.append(wealth)
-    for name in rang:
-        log = getattr(made[0], name)(made[1:]).log.logsumexp(0) - math.log(BETS)
-        rang[name] = int((log >= limit).sum())
     error = CONFIDENT * math.sqrt(alpha * (1 - alpha) / count)
-    assert rang["highest"] / count <= alpha + error
+    largest = highest(made, -math.log(replicas) if is_spread else 0.0).log_mean
+    assert float((largest >= limit).double().mean()) <= alpha + error
     if is_spread:
-        assert rang["merged"] / count > alpha + error
+        product = multiplied(made, replicas).log_mean
+        assert float((product >= limit).double().mean()) > alpha + error
 
 
 def test_replicas_that_share_a_calibration_ring_with_e_sr_as_soon_as_one_does() -> None:
@@ -304,8 +304,10 @@ def test_replicas_that_share_a_calibration_ring_with_e_sr_as_soon_as_one_does() 
     clean, moved = (ShiftEvidence.start(known, is_spread=False) for _ in range(2))
     z = torch.randn(80, 8, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
     clean, moved = clean.after(z, z.square()), moved.after(z + 3, (z + 3).square())
-    assert clean.merged([moved]).log == pytest.approx(moved.log)
-    assert clean.merged([moved] * 3).observations == 320
+    assert clean.ranks is not None
+    assert moved.ranks is not None
+    together = replace(clean, ranks=highest([clean.ranks, moved.ranks], 0.0))
+    assert together.log == pytest.approx(moved.log)
 
 
 # -- learning, and after an alarm ---------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ import batchnorm as bn
 from batchnorm.shift import Reference, ShiftMonitor, alarm_reference, stream_state
 from batchnorm.shift.alarm import e_bh, first_moved, hint
 from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.fleet import combined
+from batchnorm.shift.fleet_states import Replica
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
 from batchnorm.shift.principal_components import halves
 from batchnorm.shift.stream import Stream
@@ -678,22 +680,27 @@ def test_a_state_of_another_monitor_is_refused(net: Net, tmp_path: Path) -> None
         watching(net).load(tmp_path / "b.bnshift.safetensors")
 
 
-def test_replicas_ring_together_before_each_alone(net: Net, tmp_path: Path) -> None:
-    shifted = [0.75 * images(8) for _ in range(60)]
+@pytest.mark.parametrize("independent", [True, False])
+def test_replicas_ring_together_before_each_alone(net: Net, tmp_path: Path, independent: bool) -> None:
+    """Independent ones do. Of others the evidence is the mean, which the largest evidence reaches sooner."""
+    shifted = [(0.75 if independent else 0.4) * images(8) for _ in range(60)]
     monitors = [watching(net) for _ in range(3)]
     for step in range(0, 60, 3):
         for i, monitor in enumerate(monitors):
             ran(monitor, net, [shifted[step + i]])
-        if monitors[0].pooled(*monitors[1:]) is not None:
+        if (together := monitors[0].pooled(*monitors[1:], independent=independent)) is not None:
             break
-    together = monitors[0].pooled(*monitors[1:])
     assert together is not None
-    assert all(monitor.alarm is None for monitor in monitors)
+    if independent:
+        assert all(monitor.alarm is None for monitor in monitors)
+    else:
+        mean = math.log(statistics.fmean(math.exp(monitor.log_evidence) for monitor in monitors))
+        assert together.log_evidence == pytest.approx(mean, abs=1e-9)
     assert together.observations == sum(monitor.stream.evidence.observations for monitor in monitors)
     paths = [tmp_path / f"{i}.bnshift.safetensors" for i in (1, 2)]
     for monitor, path in zip(monitors[1:], paths, strict=True):
         monitor.save(path)
-    from_files = monitors[0].pooled(*paths)
+    from_files = monitors[0].pooled(*paths, independent=independent)
     assert from_files is not None
     assert from_files.log_evidence == together.log_evidence
 
@@ -800,7 +807,7 @@ def test_how_far_components_moved_is_of_recent_observations(caplog: pytest.LogCa
     assert 0.3 < error < 0.8  # sqrt(2 log 96 / 40) = 0.48
     monitor.look_anew()
     assert monitor.furthest() is None
-    pooled = monitor.pooled([monitor.state()])
+    pooled = combined([Replica("here", monitor.state())], furthest=monitor.reference.furthest).alarm
     assert pooled is not None  # means of all observations, as there are no recent ones
     assert pooled.layers[0].w2 == pytest.approx(monitor.table()[0].w2)
     assert Stream(reference(), "example", alpha=0.01, arl=None).furthest() is None

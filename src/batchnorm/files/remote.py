@@ -180,3 +180,148 @@ def _system(name: str) -> tuple[Any, str]:
             f"expected a path, or an address of a protocol of fsspec such as {known}, got {name}: {error}. Check the "
             "address."
         ) from error
+"""Files to read: a local path, a pattern with * and ?, or an address that fsspec opens, such as s3://bucket/runs/*."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+Address = str | os.PathLike[str]
+
+# at least two letters: a single letter is a drive of Windows
+_PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]+(://|::.*://)", re.IGNORECASE)
+
+
+def is_remote(address: Address) -> bool:
+    """Whether fsspec opens the address (``protocol://...``); other addresses are local paths."""
+    return bool(_PROTOCOL.match(os.fspath(address)))
+
+
+def listed(address: Address) -> list[str]:
+    """The files at an address, sorted: the file itself, all files below a folder, or all that match a pattern.
+
+    A folder that matches a pattern counts as the files below it. Files and folders whose names begin with a dot are
+    left out below folders. A local file whose name has the characters of a pattern is found by its name. In addresses
+    of http and https, ? is no pattern.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If fsspec does not know the protocol of the address.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
+        OSError: If the address cannot be reached.
+    """
+    name = os.fspath(address)
+    found = sorted(set(_remote(name) if is_remote(name) else _local(name)))
+    if not found:
+        raise FileNotFoundError(
+            f"expected a file, a folder with files, or a pattern that matches files, got {name}, where there is no "
+            "file. Check the address."
+        )
+    return found
+
+
+def opened(address: Address) -> BinaryIO:
+    """The file at an address, open for reading bytes; the file can seek.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If fsspec does not know the protocol of the address.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
+        OSError: If the file cannot be read, or the address cannot be reached.
+    """
+    name = os.fspath(address)
+    if not is_remote(name):
+        return Path(name).open("rb")
+    with reaching(name):
+        system, path = _system(name)
+        file = system.open(path, "rb")
+    weakref.finalize(file, bool, system)  # keeps the system: an archive is closed with its system, not with its files
+    return file
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """A block that uses a remote file; an error of the protocol's package that is no OSError becomes one."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        why = error.__cause__  # http raises FileNotFoundError also if the server cannot be reached
+        if why is None or isinstance(why, FileNotFoundError):
+            raise FileNotFoundError(
+                f"expected a file, got {address}, where there is none. Check the address."
+            ) from error
+        raise OSError(_unreadable(address, why)) from error
+    except (ModuleNotFoundError, ValueError):
+        raise
+    except Exception as error:  # each protocol's package has errors of its own
+        raise OSError(_unreadable(address, error)) from error
+
+
+def _unreadable(address: str, why: BaseException) -> str:
+    return f"{address} cannot be read: {type(why).__name__}: {why}. Check the address, the network and the credentials."
+
+
+def _local(name: str) -> Iterator[str]:
+    for path in [name] if Path(name).exists() else glob.glob(name, recursive=True):  # noqa: PTH207 - of absolute ones
+        if Path(path).is_dir():
+            files = (each for each in Path(path).rglob("*") if each.is_file())
+            yield from (str(each) for each in files if _is_visible(each.relative_to(path).as_posix()))
+        else:
+            yield path
+
+
+def _remote(name: str) -> Iterator[str]:
+    first, chain, rest = name.partition("::")
+    if "://" not in first:  # a cache before an address: simplecache::s3://bucket/a.csv
+        yield from (f"{first}::{each}" for each in listed(rest))
+        return
+    with reaching(name):
+        system, path = _system(name)
+        for each in system.glob(path) if _is_pattern(first) else [path]:
+            yield from (system.unstrip_protocol(found) + chain + rest for found in _below(system, each))
+
+
+def _below(system: Any, path: str) -> Iterator[str]:
+    """The path itself if it is a file; the files below it if it is a folder."""
+    if system.info(path)["type"] == "file":
+        yield path
+    else:
+        top = path.rstrip("/") + "/"
+        yield from (each for each in system.find(path) if _is_visible(each.removeprefix(top)))
+
+
+def _is_visible(path: str) -> bool:
+    return not any(part.startswith(".") for part in PurePosixPath(path).parts)
+
+
+def _is_pattern(address: str) -> bool:
+    return bool(re.search(r"[*\[]" if address.lower().startswith("http") else r"[*?\[]", address))
+
+
+def _system(name: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    try:
+        import fsspec
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"the address {name} needs fsspec, which is not installed. Run: pip install 'batchnorm[data]'"
+        ) from None
+    try:
+        return fsspec.url_to_fs(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the address {name} needs another package: {error}. Install that package with pip."
+        ) from error
+    except ValueError as error:
+        known = "s3://, gs://, az:// or https://"
+        raise ValueError(
+            f"expected a path, or an address of a protocol of fsspec such as {known}, got {name}: {error}. Check the "
+            "address."
+        ) from error

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.layer_evidence import LayerEvidence
 
 # share of the layers, from the input on, that a shift of the inputs is expected to move
 _EARLY = 2 / 3
@@ -101,7 +101,7 @@ class Alarm:
         return f"the inputs' distribution moved, {where}{hint}: {evidence}"
 
 
-def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
+def layer_shifts(evidence: LayerEvidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
     """Evidence for every layer.
 
     Args:
@@ -110,8 +110,7 @@ def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha
         energy: Mean over observations of the channels' energies q, (channels,).
         alpha: False discovery rate of the reported channels.
     """
-    reference, kinds, of_layers = evidence.reference, evidence.log_kinds, evidence.log_layers
-    sizes = list(reference.sizes)
+    kinds, of_layers, sizes = evidence.log_kinds, evidence.log_layers, list(evidence.sizes)
     channels = evidence.log_channels.split(sizes)
     moments = zip(mean.split(sizes), energy.split(sizes), strict=True)
     return [
@@ -122,7 +121,7 @@ def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha
             e_bh(channels[i], alpha)[:_MOST_CHANNELS],
             *_distances(*part),
         )
-        for i, (name, part) in enumerate(zip(reference.layers, moments, strict=True))
+        for i, (name, part) in enumerate(zip(evidence.layers, moments, strict=True))
     ]
 
 

@@ -17,6 +17,7 @@ least ``arl`` (e-SR: Shin, Ramdas and Rinaldo 2023).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -77,38 +78,42 @@ class EProcesses:
         # the total is the mean of (P + S) / 2; rest / 2 is still missing
         return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
 
-    def merged(self, others: list[EProcesses]) -> EProcesses:
-        """Combined evidence of replicas that observed different observations.
 
-        The products from the start are multiplied to one product over all observations. The sums of later products are
-        averaged over replicas, which is valid however dependent they are. For e-SR the observations count as if the
-        replicas had made them one after the other: S = S_1 P_2 + S_2, and so on.
-        """
-        all_ = [self, *others]
-        product = torch.stack([wealth.product for wealth in all_]).sum(0)
-        updates = sum(wealth.updates for wealth in all_)
-        if self.is_spread:
-            shared = torch.stack([wealth.restarted for wealth in all_]).logsumexp(0) - math.log(len(all_))
-            return EProcesses(product, shared, updates, sum(w.rest for w in all_) / len(all_), True)
-        restarted = self.restarted
-        for wealth in others:
-            restarted = torch.logaddexp(restarted + wealth.product, wealth.restarted)
-        return EProcesses(product, restarted, updates, 0.0, False)
+# -- several streams, for ``fleet``, which has the conditions and proofs -------------------------------------------
 
-    def highest(self, others: list[EProcesses]) -> EProcesses:
-        """Combined evidence of replicas whose bets share randomness, such as the clean observations for comparison.
 
-        Then the replicas' product is not an e-process. For each process the largest value among the replicas counts,
-        divided by their number: it reaches 1 / alpha with probability at most alpha, however the replicas depend on
-        each other. For e-SR nothing is divided: a replica reaches a limit c with probability at most t / c after t
-        observations of its own.
-        """
-        all_ = [self, *others]
-        best = torch.stack([wealth.log for wealth in all_]).argmax(0, keepdim=True)
-        few = len(all_) if self.is_spread else 1
-        product, restarted = (
-            torch.stack([getattr(wealth, part) for wealth in all_]).gather(0, best)[0] - math.log(few)
-            for part in ("product", "restarted")
-        )
-        updates = sum(wealth.updates for wealth in all_)
-        return EProcesses(product, restarted, updates, min(wealth.rest for wealth in all_) / few, self.is_spread)
+def weighted_sum(streams: Sequence[EProcesses], log_weight: float) -> EProcesses:
+    """The sum of several streams' processes, each with the same weight; the log of every result is linear in them."""
+    product, restarted = (_stacked(streams, part).logsumexp(0) + log_weight for part in ("product", "restarted"))
+    rest = math.exp(log_weight) * sum(wealth.rest for wealth in streams)
+    return EProcesses(product, restarted, _updates(streams), rest, streams[0].is_spread)
+
+
+def multiplied(streams: Sequence[EProcesses], fleet: int) -> EProcesses:
+    """The products from the start, multiplied; the sums of later products, averaged over ``fleet`` streams.
+
+    Streams of the fleet that are not among ``streams`` count as streams without observations. Not for e-SR.
+    """
+    product = _stacked(streams, "product").sum(0)
+    restarted = _stacked(streams, "restarted").logsumexp(0) - math.log(fleet)
+    rest = (sum(wealth.rest for wealth in streams) + fleet - len(streams)) / fleet
+    return EProcesses(product, restarted, _updates(streams), rest, is_spread=True)
+
+
+def highest(streams: Sequence[EProcesses], log_weight: float) -> EProcesses:
+    """For each place the processes of the stream with the largest mean in this place, times the weight."""
+    best = torch.stack([wealth.log_mean for wealth in streams]).argmax(0)  # (places,)
+    place = torch.arange(len(best))
+    product, restarted = (
+        _stacked(streams, part)[best, ..., place].movedim(0, -1) + log_weight for part in ("product", "restarted")
+    )
+    rest = math.exp(log_weight) * min(wealth.rest for wealth in streams)
+    return EProcesses(product, restarted, _updates(streams), rest, streams[0].is_spread)
+
+
+def _stacked(streams: Sequence[EProcesses], part: str) -> Tensor:
+    return torch.stack([getattr(wealth, part) for wealth in streams])
+
+
+def _updates(streams: Sequence[EProcesses]) -> int:
+    return sum(wealth.updates for wealth in streams)

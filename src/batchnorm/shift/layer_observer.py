@@ -14,18 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from random import Random
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.call_types import Arguments, Keywords
 from batchnorm.channel_axis import channels_second
-from batchnorm.layers import input_of
+from batchnorm.layers import batch_norms, input_of
+from batchnorm.other_libraries import layers_of_others, unreached
+from batchnorm.population.absent_numbers import require_real
+from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook, attached
-from batchnorm.population.tensor_memory import whole
+from batchnorm.population.tensor_memory import require, whole
 from batchnorm.shift.alarm_reference import Reference
 
 ALL = 2**62  # examples: more than a batch has
@@ -149,3 +153,22 @@ class LayerObserver:
             mean, std = self._standards[name]
             self._on_device[key] = mean.float().to(device), std.float().to(device)
         return self._on_device[key]
+
+
+def storing_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norm layers that store statistics, of torch, ours and other libraries', by name.
+
+    Raises:
+        ValueError: If there is no such layer, or a tensor of the model has no numbers.
+    """
+    require_real(model, "ShiftMonitor")
+    require({name: tensor for name, tensor in model.named_parameters() if is_lazy(tensor)}, "ShiftMonitor")
+    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
+    storing = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
+    if not storing:
+        raise ValueError(
+            f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without such "
+            f"layers. Monitor the model before its layers are folded.{unreached(model)}"
+        )
+    require(statistics_of(storing), "ShiftMonitor")
+    return storing

@@ -14,29 +14,25 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.argument_types import require_number, require_whole_number
 from batchnorm.call_types import Arguments, Batch, Keywords
-from batchnorm.layers import batch_norms
 from batchnorm.model_wrappers import is_compiled, unwrapped
-from batchnorm.other_libraries import layers_of_others, unreached
-from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
+from batchnorm.population.absent_numbers import note_absence, refusing_absences
 from batchnorm.population.batches import Batches
 from batchnorm.population.eager import uncompiled
-from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook, detach
-from batchnorm.population.tensor_memory import require
 from batchnorm.population.tensor_trees import examples_in, rows_of, why_without_rows
 from batchnorm.shift.alarm import Alarm, LayerShift
 from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.data_passes import passes
-from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows
+from batchnorm.shift.fleet import WITHIN, combined
+from batchnorm.shift.fleet_states import Replica
+from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows, storing_layers
+from batchnorm.shift.monitor_settings import check_settings
 from batchnorm.shift.observation_units import Grouping, Unit, name_of
 from batchnorm.shift.observing_budget import ObservingBudget
-from batchnorm.shift.stream import Stream
+from batchnorm.shift.stream import LOGGER, Stream
 from batchnorm.shift.stream_state import StreamState
 
 
@@ -104,9 +100,9 @@ class ShiftMonitor:
         kurtosis: float | None = None,
         on_alarm: Callable[[Alarm], object] | None = None,
     ) -> None:
-        _check(alpha, arl, examples, budget, kurtosis)
+        check_settings(alpha=alpha, arl=arl, examples=examples, budget=budget, kurtosis=kurtosis)
         self.model = unwrapped(model)
-        self.layers = _storing(self.model)
+        self.layers = storing_layers(self.model)
         self.unit, self.examples, self.budget = unit, examples, budget
         self.observed = model
         self._trained = {"batch": batch, "kurtosis": kurtosis}
@@ -339,63 +335,61 @@ class ShiftMonitor:
         self.stream.put(StreamState.load(path))
         return self
 
-    def pooled(self, *others: ShiftMonitor | str | os.PathLike[str]) -> Alarm | None:
+    def pooled(
+        self,
+        *others: ShiftMonitor | str | os.PathLike[str],
+        fleet: int | None = None,
+        independent: bool = False,
+        within: float = WITHIN,
+    ) -> Alarm | None:
         """An alarm if the combined evidence of several replicas reaches the limit, else None; nothing is changed.
 
-        The replicas serve the same model with the same reference, and each observation belongs to one of them. From a
-        checkpoint the evidence of the replicas is multiplied as if one monitor had observed everything, and the part
-        for late starts is averaged; with ``arl`` the replicas count as if they had observed one after the other. With a
-        calibrated reference the largest evidence counts, divided by the number of replicas unless ``arl`` is given. A
-        replica can also be given as the file that its ``save`` wrote.
+        The replicas serve the same model with the same reference, and each observation belongs to one of them. The
+        combined evidence keeps the promise of one monitor; ``batchnorm.shift.fleet`` has the rules and proofs. From a
+        checkpoint it is the sum of the replicas' e-values, divided by their number unless ``arl`` is given. With a
+        calibrated reference the largest e-value counts, divided by their number unless ``arl`` is given. Of several
+        states of one stream the latest counts.
+
+        Args:
+            others: The other replicas: monitors, or the files or addresses to which their ``save`` wrote.
+            fleet: Number of replicas that the fleet has, fixed before anyone looks at the evidence. None: the number
+                of streams among these replicas; then it must be the same at every call.
+            independent: Declares that no observation of a replica tells about an observation of another one, so that
+                their e-values may be multiplied. Calibrated replicas then need a calibration each. Not with ``arl``.
+            within: Seconds by which times of states may differ that count as one time.
 
         Raises:
-            ValueError: If a file is damaged or of another kind, or a replica has another model, reference, unit, alpha
-                or arl.
+            TypeError: If ``fleet`` is not a whole number, or ``within`` is not a number.
+            ValueError: If a file is damaged, of another kind or without a stream id; a replica has another model,
+                reference, unit, alpha or arl; two states are forks of one stream; there are more streams than
+                ``fleet``; or independence is declared and cannot be used.
             OSError: If a file cannot be read.
         """
-        monitors = [self, *others]
-        for monitor in monitors:
-            if isinstance(monitor, ShiftMonitor):
-                monitor.stream.update()
-        return self.stream.pooled(
-            [m.stream.state() if isinstance(m, ShiftMonitor) else StreamState.load(m) for m in monitors]
-        )
+        replicas = [Replica("this monitor", self._settled()), *(_replica(i, each) for i, each in enumerate(others, 2))]
+        return self._combined(replicas, fleet=fleet, independent=independent, within=within)
 
-    def pooled_over_ranks(self, group: torch.distributed.ProcessGroup | None = None) -> Alarm | None:
+    def pooled_over_ranks(
+        self, group: torch.distributed.ProcessGroup | None = None, *, independent: bool = False
+    ) -> Alarm | None:
         """``pooled`` over the ranks of torch.distributed; every rank must call it, and each gets the same result."""
-        self.stream.update()
         states: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(states, self.stream.state(), group=group)
-        return self.stream.pooled(states)
+        torch.distributed.all_gather_object(states, self._settled(), group=group)
+        replicas = [Replica(f"rank {rank}", state) for rank, state in enumerate(states)]
+        return self._combined(replicas, fleet=len(states), independent=independent, within=math.inf)
+
+    def _settled(self) -> StreamState:
+        """The state, after waiting observations were added to the evidence."""
+        self.stream.update()
+        return self.stream.state()
+
+    def _combined(self, replicas: list[Replica], **how: Any) -> Alarm | None:
+        fleet = combined(replicas, furthest=self.reference.furthest, **how)
+        for sentence in fleet.left_out:
+            LOGGER.warning("%s", sentence)
+        return fleet.alarm
 
 
-def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
-    require_real(model, "ShiftMonitor")
-    require({name: tensor for name, tensor in model.named_parameters() if is_lazy(tensor)}, "ShiftMonitor")
-    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
-    storing = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
-    if not storing:
-        raise ValueError(
-            f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without such "
-            f"layers. Monitor the model before its layers are folded.{unreached(model)}"
-        )
-    require(statistics_of(storing), "ShiftMonitor")
-    return storing
-
-
-def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None, kurtosis: float | None) -> None:
-    given = {"alpha": alpha, "arl": arl, "examples": examples, "budget": budget, "kurtosis": kurtosis}
-    for name, value in given.items():
-        if value is not None or name == "alpha":
-            require = require_whole_number if name == "examples" else require_number
-            require(value, name, "Leave it out for the default.")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}. Use 0.01 for at most 1 % false alarms.")
-    if arl is not None and not arl > 1:
-        raise ValueError(f"arl must be more than 1 observation, got {arl}. Use 1e5, for example, or None.")
-    if examples is not None and examples < 1:
-        raise ValueError(f"examples must be 1 or more, got {examples}. Use None for all examples of a batch.")
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget must be above 0, got {budget}. Use 0.01 for 1 % of the time, or None for no limit.")
-    if kurtosis is not None and not 1 <= kurtosis < math.inf:
-        raise ValueError(f"kurtosis must be finite and 1 or more, got {kurtosis}. Use 3 for normal values, else None.")
+def _replica(number: int, other: ShiftMonitor | str | os.PathLike[str]) -> Replica:
+    if isinstance(other, ShiftMonitor):
+        return Replica(f"monitor {number}", other._settled())
+    return Replica(os.fspath(other), StreamState.load(other))

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, final
 
@@ -18,8 +18,10 @@ from batchnorm.call_types import Batch
 from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, layer_shifts
 from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.fleet_states import schema_hash
 from batchnorm.shift.observation_units import Autocorrelation, Grouping, Unit
 from batchnorm.shift.recent_means import RecentMeans
+from batchnorm.shift.stream_origin import LiveOrigin
 from batchnorm.shift.stream_state import StreamState
 from batchnorm.shift.tails import Tail, Tails
 
@@ -63,6 +65,7 @@ class Stream:
         self._recent = RecentMeans(sum(reference.sizes))
         self._later = RecentMeans(sum(reference.sizes), "later")  # of observations after the alarm
         self._warned: set[str] = set()
+        self._origin = LiveOrigin()
         self.lock = threading.RLock()  # held while counting, also while on_alarm runs
 
     @property
@@ -86,6 +89,7 @@ class Stream:
 
     def _observe(self, z: Tensor, q: Tensor, inputs: Batch) -> None:
         rows = None
+        self._origin.check_process(self.looked)
         self.looked += len(z)
         if not math.isfinite(float(z.sum() + q.sum())):
             finite = z.isfinite().all(1) & q.isfinite().all(1)
@@ -234,7 +238,9 @@ class Stream:
     def _state(self) -> StreamState:
         alarm = None if self.alarm is None else asdict(self.alarm)
         about = {**self.kind, "passed": self.passed, "looked": self.looked, "alarm": alarm}
-        state = StreamState({"sums": self._sums.clone()}, about)
+        about |= {"layers": list(self.reference.layers), "sizes": list(self.reference.sizes)}
+        about |= {"schema": schema_hash(about)}
+        state = StreamState({"sums": self._sums.clone()}, about, self._origin.at(self.looked))
         waiting = self._waiting or [(self._sums[:0, :], self._sums[:0, :])]
         rows = {f"waiting.{name}": torch.cat([row[i] for row in waiting]) for i, name in enumerate("zq")}
         for part in (
@@ -263,6 +269,7 @@ class Stream:
         about, tensors = state.about, state.tensors
         self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
         self.looked = about.get("looked", 0)  # older files have no such entry
+        self._origin.go_on(state.origin, self.looked)
         self._sums = tensors["sums"].clone()
         self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
         self._grouping.put(state)
@@ -285,22 +292,3 @@ class Stream:
                 "model, reference, unit, alpha and arl."
             )
         state.check(self.reference)
-
-    def pooled(self, states: Sequence[StreamState]) -> Alarm | None:
-        """An alarm if the combined evidence of all states reaches the limit, else None.
-
-        Observations that still wait in a state are not evidence yet and are ignored.
-
-        Raises:
-            ValueError: If a state is damaged, or belongs to another reference, unit, alpha or arl.
-        """
-        for state in states:
-            self.check(state)
-        first, *rest = (state.evidence(self.reference) for state in states)
-        evidence = first.merged(rest)
-        if evidence.log < self.limit:
-            return None
-        count = sum(state.about["recent"]["count"] for state in states)
-        name, count = ("recent", count) if count else ("sums", max(1, evidence.observations))
-        means = torch.stack([state.tensors[name] for state in states]).sum(0) / count
-        return self._alarm(evidence, means, sum(state.about["passed"] for state in states))
