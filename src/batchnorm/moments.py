@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from batchnorm import moments_union
 from batchnorm.kernels import cpu
 from batchnorm.kernels.choice import is_plain, kernel_for
 from batchnorm.moment_arguments import as_float64, channel_axes, weight_of_each_value
@@ -300,17 +301,7 @@ def merged(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     A side with count 0 leaves the other side's mean and m2 as they are, bit for bit, also if its own are NaN. Means may
     be complex: m2 is then the sum of |x - mean|^2.
     """
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    count = count_a + count_b
-    divisor, delta = torch.where(count == 0, 1, count), mean_b - mean_a
-    mean = mean_a + delta * (count_b / divisor)
-    distance = delta.abs().square() if delta.is_complex() else delta.square()
-    m2 = m2_a + m2_b + distance * (count_a * count_b / divisor)
-    return (
-        count,
-        torch.where(count_b == 0, mean_a, torch.where(count_a == 0, mean_b, mean)),
-        torch.where(count_b == 0, m2_a, torch.where(count_a == 0, m2_b, m2)),
-    )
+    return moments_union.merged(a, b, torch.where)
 
 
 def unchecked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
