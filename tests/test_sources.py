@@ -80,7 +80,34 @@ def write_parquet(where: Path, full: pa.Table) -> Path:
     return where / "t.parquet"
 
 
-WRITERS = {"parquet": write_parquet}
+def structured() -> np.ndarray:
+    full = table()
+    array = np.zeros(ROWS, [("x", ">f8"), ("i", "<i2"), ("b", "?"), ("v", "<f4", 3), ("g", "U6")])
+    for name in ("i", "b", "v"):
+        array[name] = full[name].to_pylist()
+    array["x"] = [-999 if each is None else each for each in full["x"].to_pylist()]
+    array["g"] = ["(null)" if each is None else each for each in full["g"].to_pylist()]
+    return array
+
+
+def write_npy(where: Path, full: pa.Table) -> Path:
+    np.save(where / "t.npy", structured())
+    return where / "t.npy"
+
+
+def write_npz(where: Path, full: pa.Table) -> Path:
+    array = structured()
+    np.savez(where / "t.npz", **{name: array[name] for name in array.dtype.names})
+    return where / "t.npz"
+
+
+def write_compressed_npz(where: Path, full: pa.Table) -> Path:
+    array = structured()
+    np.savez_compressed(where / "t.npz", **{name: array[name] for name in array.dtype.names})
+    return where / "t.npz"
+
+
+WRITERS = {"parquet": write_parquet, "npy": write_npy, "npz": write_npz, "compressed npz": write_compressed_npz}
 
 
 @pytest.mark.parametrize("name", WRITERS)

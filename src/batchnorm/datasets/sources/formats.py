@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import final
 
-from batchnorm.datasets.sources import parquet
+from batchnorm.datasets.sources import numpy_files, parquet
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import FilePlan
 from batchnorm.datasets.sources.stored_files import StoredFile
@@ -31,7 +31,12 @@ class Format:
     magics: tuple[tuple[int, bytes], ...] = ()
 
 
-FORMATS: tuple[Format, ...] = (Format("parquet", (".parquet", ".pq", ".parq"), parquet.plan, ((0, b"PAR1"),)),)
+FORMATS: tuple[Format, ...] = (
+    Format("parquet", (".parquet", ".pq", ".parq"), parquet.plan, ((0, b"PAR1"),)),
+    Format("npy", (".npy",), numpy_files.plan_array, ((0, b"\x93NUMPY"),)),
+    Format("npz", (".npz",), numpy_files.plan_archive, ((0, b"PK\x03\x04"), (0, b"PK\x05\x06"))),
+)
+# bytes that are read to recognize a format
 _BEGINNING = 512
 
 

@@ -18,7 +18,7 @@ from batchnorm.datasets.blocks import Block, Selection
 from batchnorm.datasets.sources.arrow_columns import columns_in, features_of, groups_in, leaves, shape_in
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
-from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan
+from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
 from batchnorm.datasets.sources.stored_files import StoredFile
 
@@ -77,6 +77,9 @@ class ParquetPiece:
         features = resolved(features_of(about.schema.to_arrow_schema()), dict(self.shapes))
         shapes = {name: features[name].shape or () for name in names_of(selection, features)}
         rows = sum(about.row_group(each).num_rows for each in groups)
+        if not rows:
+            yield empty_block(shapes)
+            return
         for number, strip in enumerate(_strips(shapes, rows)):
             for block in self._strip(groups, strip, selection.by):
                 yield block if number == 0 else Block(0, block.columns, block.group, block.labels)
@@ -139,8 +142,7 @@ def _joined(about: pq.FileMetaData, most: int) -> Iterator[tuple[int, int, int]]
             yield first, number, size
             first, size = number, 0
         size += bytes_
-    if about.num_row_groups:
-        yield first, about.num_row_groups, size
+    yield first, about.num_row_groups, size
 
 
 def _strips(shapes: Mapping[str, Shape], rows: int) -> Iterator[dict[str, Shape]]:

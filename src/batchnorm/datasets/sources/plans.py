@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
-from batchnorm.datasets.blocks import Piece
+import numpy as np
+
+from batchnorm.datasets.blocks import Block, Column, Piece
 from batchnorm.datasets.sources.schemas import FileSchema, Shape
 
 # values of a block: 32 MB as float64
@@ -25,3 +27,8 @@ class FilePlan:
 
     schema: FileSchema
     cut: Callable[[Mapping[str, Shape]], Iterable[Piece]]
+
+
+def empty_block(shapes: Mapping[str, Shape]) -> Block:
+    """A block without rows: what a piece of a file without rows has, so that its columns are known."""
+    return Block(0, {name: Column(np.zeros((0, *shape))) for name, shape in shapes.items()})
