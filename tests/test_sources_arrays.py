@@ -127,7 +127,8 @@ def test_archives_without_arrays_or_with_different_lengths_are_refused(tmp_path:
     np.savez(tmp_path / "two.npz", train=np.zeros(5), test=np.zeros(3), label=np.arange(5))
     with pytest.raises(ValueError, match=r"same number of examples.* got 5 in '.*' and 3 in 'test'. Name columns"):
         pieces(tmp_path / "two.npz")
-    assert read(pieces(tmp_path / "two.npz", Selection(columns=("train", "label")))).keys() == {"train", "label"}
+    both = Selection(columns=("train", "label"))
+    assert read(pieces(tmp_path / "two.npz", both), both).keys() == {"train", "label"}
     wrong = Selection(columns=("test",), by="label")
     with pytest.raises(ValueError, match="same number of examples"):
         blocks(pieces(tmp_path / "two.npz", wrong), wrong)
