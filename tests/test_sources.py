@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,36 @@ def write_compressed_npz(where: Path, full: pa.Table) -> Path:
     return where / "t.npz"
 
 
-WRITERS = {"parquet": write_parquet, "npy": write_npy, "npz": write_npz, "compressed npz": write_compressed_npz}
+def write_csv(where: Path, full: pa.Table, end: str = "\n", delimiter: str = ",") -> Path:
+    """Nulls are empty cells; text has quotes, delimiters and line ends."""
+    lines = [["x", "i", "b", "name", "g"]]
+    for row in full.drop_columns(["v"]).to_pylist():
+        text = f'"{row["name"]}{delimiter} ""quoted""{end}next line"'
+        x, g = ("" if row[name] is None else str(row[name]) for name in ("x", "g"))
+        lines.append([x, str(row["i"]), str(row["b"]).lower(), text, g])
+    text = end.join(delimiter.join(line) for line in lines) + end
+    (where / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return where / "t.csv"
+
+
+def write_tsv(where: Path, full: pa.Table) -> Path:
+    return write_csv(where, full, "\r\n", "\t").rename(where / "t.tsv")
+
+
+def write_compressed_csv(where: Path, full: pa.Table) -> Path:
+    (where / "t.csv.gz").write_bytes(gzip.compress(write_csv(where, full).read_bytes()))
+    return where / "t.csv.gz"
+
+
+WRITERS = {
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "csv.gz": write_compressed_csv,
+    "parquet": write_parquet,
+    "npy": write_npy,
+    "npz": write_npz,
+    "compressed npz": write_compressed_npz,
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)

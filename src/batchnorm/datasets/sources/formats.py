@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import final
 
-from batchnorm.datasets.sources import numpy_files, parquet
+from batchnorm.datasets.sources import csv_files, numpy_files, parquet
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import FilePlan
 from batchnorm.datasets.sources.stored_files import StoredFile
@@ -33,6 +33,9 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format("parquet", (".parquet", ".pq", ".parq"), parquet.plan, ((0, b"PAR1"),)),
+    Format(
+        "csv", tuple(f".{a}{b}" for a in ("csv", "tsv", "tab") for b in ("", ".gz", ".bz2", ".zst")), csv_files.plan
+    ),
     Format("npy", (".npy",), numpy_files.plan_array, ((0, b"\x93NUMPY"),)),
     Format("npz", (".npz",), numpy_files.plan_archive, ((0, b"PK\x03\x04"), (0, b"PK\x05\x06"))),
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, final
 
 from batchnorm.datasets.blocks import Block, Selection
 from batchnorm.datasets.sources.arrow_columns import columns_in, features_of, groups_in, leaves, shape_in
+from batchnorm.datasets.sources.arrow_errors import reading
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan, empty_block
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+WHAT = "a Parquet file"
 # Bytes that are read at a time from a file on a disk: pyarrow reads no more of a column than it decodes.
 _BUFFER = 1 << 20
 # Bytes of a strip that are fetched at once from a store, where every request takes time.
@@ -88,7 +90,7 @@ class ParquetPiece:
         constant = self.stored.partitions.get(by) if by else None
         wanted = [*strip, by] if by and constant is None and by not in strip else list(strip)
         rows = max(1, MOST_VALUES // sum(map(math.prod, strip.values()))) if strip else MOST_VALUES
-        with _reading(self.stored, f"row groups {self.first} to {self.last - 1}"):
+        with reading(self.stored, WHAT, f"row groups {self.first} to {self.last - 1}"):
             for batch in _batches(self.stored, groups, wanted, rows):
                 columns = columns_in(batch, strip)
                 if not by or constant is not None:
@@ -105,7 +107,7 @@ def plan(stored: StoredFile, options: Options) -> FilePlan:
         OSError: If it cannot be read.
     """
     require_package("pyarrow", "Parquet files")
-    with _reading(stored, "the footer"):
+    with reading(stored, WHAT, "the footer"):
         about = _footer(stored)
         features = {
             name: _with_lengths(stored, about, name, each)
@@ -202,21 +204,3 @@ def _footer(stored: StoredFile) -> pq.FileMetaData:
 
     with stored.open() as source:
         return pq.read_metadata(source)
-
-
-@contextmanager
-def _reading(stored: StoredFile, part: str) -> Iterator[None]:
-    """A block that reads a part of a file; pyarrow's errors say which file is damaged, and what to do."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(
-            f"expected a Parquet file, got {stored.address}, which is damaged or no Parquet file: {part} cannot be "
-            f"read ({error}). Write it again, or leave it out."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{stored.address}, {part}: {error}") from error

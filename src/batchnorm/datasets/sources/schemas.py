@@ -79,9 +79,16 @@ def names_of(selection: Selection, features: Mapping[str, Feature]) -> list[str]
 
 
 def _numbers(schemas: Sequence[FileSchema], by: str) -> list[str]:
-    """Columns that have numbers in a file, in the order of their first appearance, without the column of groups."""
-    every = dict.fromkeys(name for each in schemas for name, f in each.features.items() if f.kind == "number")
-    return [name for name in every if name != by]
+    """Columns that have numbers in a file, without the column of groups, in the order of their first appearance.
+
+    If there are none: the columns without any value.
+    """
+    kinds: dict[str, set[str]] = {}
+    for each in schemas:
+        for name, feature in each.features.items():
+            kinds.setdefault(name, set()).add(feature.kind)
+    numbers = [name for name, found in kinds.items() if "number" in found and name != by]
+    return numbers or [name for name, found in kinds.items() if found == {"null"} and name != by]
 
 
 def _check_present(schemas: Sequence[FileSchema], name: str, remedy: str) -> None:
