@@ -124,7 +124,7 @@ def test_compressed_files_are_one_piece(tmp_path: Path) -> None:
         assert len(found) == 1
         assert read(found)["b"].tolist() == [2] * 1000
     with pytest.raises(ValueError, match=r"expected a CSV file, got .*t.csv.bz2, which is damaged"):
-        read(pieces(write(tmp_path, bz2.compress(text * 900)[:-20], "t.csv.bz2")))
+        read(pieces(write(tmp_path, bz2.compress(text + b"1,2\n" * 900000)[:-20], "t.csv.bz2")))
 
 
 @pytest.mark.parametrize(
