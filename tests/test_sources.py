@@ -16,6 +16,7 @@ from batchnorm.datasets.blocks import NO_GROUP, Block, Piece, Selection
 from batchnorm.datasets.sources import Options, pieces
 
 pa = pytest.importorskip("pyarrow")
+feather = pytest.importorskip("pyarrow.feather")
 pq = pytest.importorskip("pyarrow.parquet")
 
 ROWS = 23
@@ -129,7 +130,27 @@ def write_compressed_csv(where: Path, full: pa.Table) -> Path:
     return where / "t.csv.gz"
 
 
+def write_arrow(where: Path, full: pa.Table) -> Path:
+    with pa.OSFile(str(where / "t.arrow"), "wb") as file, pa.ipc.new_file(file, full.schema) as writer:
+        writer.write_table(full, max_chunksize=5)
+    return where / "t.arrow"
+
+
+def write_stream(where: Path, full: pa.Table) -> Path:
+    with pa.OSFile(str(where / "t.arrows"), "wb") as file, pa.ipc.new_stream(file, full.schema) as writer:
+        writer.write_table(full, max_chunksize=5)
+    return where / "t.arrows"
+
+
+def write_feather(where: Path, full: pa.Table) -> Path:
+    feather.write_feather(full, str(where / "t.feather"), compression="zstd", chunksize=7)
+    return where / "t.feather"
+
+
 WRITERS = {
+    "arrow": write_arrow,
+    "arrow stream": write_stream,
+    "feather": write_feather,
     "csv": write_csv,
     "tsv": write_tsv,
     "csv.gz": write_compressed_csv,

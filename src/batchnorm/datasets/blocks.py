@@ -63,7 +63,8 @@ class Selection:
 
     Args:
         columns: Names of columns; () for all columns of numbers.
-        by: The column whose values are the groups; "" for no groups. "folder" for image folders without such a column.
+        by: The column whose values are the groups; "" for no groups. It can be a column, a part
+            ``year=2024`` of the folders of a file, or "folder": the name of the folder in which a file is.
     """
 
     columns: tuple[str, ...] = ()

@@ -105,7 +105,7 @@ class CsvPiece:
         require_package("pyarrow", "CSV files")
         features = resolved(dict(self.table.features), dict(self.shapes))
         names = names_of(selection, features)
-        by = selection.by if selection.by not in self.stored.partitions else ""
+        by = selection.by if selection.by in features else ""
         constant = self.stored.partitions.get(selection.by)
         seen = False
         for batch in self._batches(names, by, features):

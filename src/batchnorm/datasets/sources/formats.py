@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import final
 
-from batchnorm.datasets.sources import csv_files, numpy_files, parquet
+from batchnorm.datasets.sources import arrow_files, csv_files, image_files, images, numpy_files, parquet, tar_shards
 from batchnorm.datasets.sources.options import Options
-from batchnorm.datasets.sources.plans import FilePlan
+from batchnorm.datasets.sources.plans import FilePlan, together
 from batchnorm.datasets.sources.stored_files import StoredFile
+
+Plan = Callable[[Sequence[StoredFile], Options], list[FilePlan]]
+
+
+def _each(plan: Callable[[StoredFile, Options], FilePlan]) -> Plan:
+    """Plans the reading of every file for itself."""
+    return lambda files, options: together(lambda stored: plan(stored, options), files)
 
 
 @final
@@ -21,23 +28,29 @@ class Format:
     Args:
         name: Its name, for ``Options.format``.
         suffixes: Endings of file names, in lower case.
-        plan: Plans the reading of a file.
-        magics: First bytes of its files, each with their place; () if files of this format can begin with any bytes.
+        plan: Plans the reading of files.
+        magics: Bytes at the beginning of its files, each with their place.
+        is_certain: Whether all its files have one of ``magics``.
+        is_opened: Whether the beginning of its files is looked at; not of images, of which there are many.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    plan: Callable[[StoredFile, Options], FilePlan]
+    plan: Plan
     magics: tuple[tuple[int, bytes], ...] = ()
+    is_certain: bool = False
+    is_opened: bool = True
 
 
+_COMPRESSED = ("", ".gz", ".bz2", ".zst")
 FORMATS: tuple[Format, ...] = (
-    Format("parquet", (".parquet", ".pq", ".parq"), parquet.plan, ((0, b"PAR1"),)),
-    Format(
-        "csv", tuple(f".{a}{b}" for a in ("csv", "tsv", "tab") for b in ("", ".gz", ".bz2", ".zst")), csv_files.plan
-    ),
-    Format("npy", (".npy",), numpy_files.plan_array, ((0, b"\x93NUMPY"),)),
-    Format("npz", (".npz",), numpy_files.plan_archive, ((0, b"PK\x03\x04"), (0, b"PK\x05\x06"))),
+    Format("parquet", (".parquet", ".pq", ".parq"), _each(parquet.plan), ((0, b"PAR1"),), is_certain=True),
+    Format("csv", tuple(f".{a}{b}" for a in ("csv", "tsv", "tab") for b in _COMPRESSED), _each(csv_files.plan)),
+    Format("arrow", (".arrow", ".feather", ".ipc", ".arrows"), _each(arrow_files.plan), ((0, arrow_files.MAGIC),)),
+    Format("npy", (".npy",), _each(numpy_files.plan_array), ((0, b"\x93NUMPY"),), is_certain=True),
+    Format("npz", (".npz",), _each(numpy_files.plan_archive), ((0, b"PK\3\4"), (0, b"PK\5\6")), is_certain=True),
+    Format("images", images.SUFFIXES, image_files.plan, is_opened=False),
+    Format("tar", (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), _each(tar_shards.plan), ((257, b"ustar"),)),
 )
 # bytes that are read to recognize a format
 _BEGINNING = 512
@@ -82,10 +95,12 @@ def format_of(stored: StoredFile) -> Format:
         OSError: If the file cannot be read.
     """
     named = by_suffix(stored.address)
+    if named is not None and not named.is_opened:
+        return named
     with stored.open() as file:
         beginning = file.read(_BEGINNING)
     found = by_content(beginning)
-    if found is None and named is not None and named.magics:
+    if found is None and named is not None and named.is_certain:
         raise ValueError(
             f"expected a file of format {named.name}, as its name says, got {stored.address}, which begins with "
             f"{beginning[:8]!r}. Write it again, or say its format (format, --format)."
@@ -99,16 +114,3 @@ def format_of(stored: StoredFile) -> Format:
 def supported() -> str:
     """Which formats there are, in a sentence."""
     return "Formats: " + "; ".join(f"{each.name} ({' '.join(each.suffixes)})" for each in FORMATS) + "."
-
-
-def mixed(formats: Iterable[tuple[str, Format]]) -> dict[str, list[str]]:
-    """Addresses by the name of their format."""
-    found: dict[str, list[str]] = {}
-    for address, each in formats:
-        found.setdefault(each.name, []).append(address)
-    return found
-
-
-def names(formats: Sequence[Format]) -> str:
-    """Names of formats, as a list in words."""
-    return ", ".join(each.name for each in formats)

@@ -83,11 +83,13 @@ class ParquetPiece:
             yield empty_block(shapes)
             return
         for number, strip in enumerate(_strips(shapes, rows)):
-            for block in self._strip(groups, strip, selection.by):
+            for block in self._strip(groups, strip, selection.by, features):
                 yield block if number == 0 else Block(0, block.columns, block.group, block.labels)
 
-    def _strip(self, groups: list[int], strip: dict[str, Shape], by: str) -> Iterator[Block]:
-        constant = self.stored.partitions.get(by) if by else None
+    def _strip(
+        self, groups: list[int], strip: dict[str, Shape], by: str, features: Mapping[str, Feature]
+    ) -> Iterator[Block]:
+        constant = self.stored.partitions.get(by) if by and by not in features else None
         wanted = [*strip, by] if by and constant is None and by not in strip else list(strip)
         rows = max(1, MOST_VALUES // sum(map(math.prod, strip.values()))) if strip else MOST_VALUES
         with reading(self.stored, WHAT, f"row groups {self.first} to {self.last - 1}"):

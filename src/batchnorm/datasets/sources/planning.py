@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from batchnorm.datasets.blocks import Piece, Selection
 from batchnorm.datasets.sources.formats import Format, by_suffix, format_named, format_of, supported
 from batchnorm.datasets.sources.options import Options
+from batchnorm.datasets.sources.plans import together
 from batchnorm.datasets.sources.schemas import measured
 from batchnorm.datasets.sources.stored_files import StoredFile
 from batchnorm.files.remote import Address, is_remote, listed
 
 Data = Address | Sequence[Address]
-_A = TypeVar("_A")
-_B = TypeVar("_B")
-# Files that are looked at in one time: the threads wait for a disk or a store.
-_THREADS = 16
 
 
 def pieces(data: Data, selection: Selection | None = None, options: Options | None = None) -> list[Piece]:
@@ -41,9 +36,9 @@ def pieces(data: Data, selection: Selection | None = None, options: Options | No
     """
     selection, options = selection or Selection(), options or Options()
     addresses = _addresses(data, options)
-    files = _together(StoredFile.at, addresses)
+    files = together(StoredFile.at, addresses)
     format_ = _one_format(files, options)
-    plans = _together(lambda stored: format_.plan(stored, options), files)
+    plans = format_.plan(files, options)
     shapes = measured([each.schema for each in plans], selection)
     return [piece for each in plans for piece in each.cut(shapes)]
 
@@ -89,7 +84,7 @@ def _is_data(file: str, options: Options) -> bool:
 def _one_format(files: Sequence[StoredFile], options: Options) -> Format:
     if options.format:
         return format_named(options.format)
-    formats = _together(format_of, files)
+    formats = together(format_of, files)
     kinds = {each.name: (each, file) for each, file in zip(formats, files, strict=True)}
     if len(kinds) > 1:
         counts = (
@@ -101,9 +96,3 @@ def _one_format(files: Sequence[StoredFile], options: Options) -> Format:
             f"{next(iter(kinds.values()))[0].suffixes[0]}, or say the format (format, --format)."
         )
     return formats[0]
-
-
-def _together(what: Callable[[_A], _B], items: Iterable[_A]) -> list[_B]:
-    """``what`` of every item, in their order; several at a time."""
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return list(threads.map(what, items))

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import BinaryIO, final
 from urllib.parse import unquote
 
+from batchnorm.datasets.blocks import NO_GROUP
 from batchnorm.files.remote import details, is_remote, opened
+
+# the value of a partition whose rows have null, by the convention of Hive
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @final
@@ -82,6 +86,9 @@ class StoredFile:
 
     @property
     def partitions(self) -> dict[str, str]:
-        """Values of the folders of a partitioned table: {"year": "2024"} for t/year=2024/part.parquet."""
-        folders = (part.partition("=") for part in self.address.replace("\\", "/").split("/")[:-1])
-        return {unquote(name): unquote(value) for name, is_one, value in folders if is_one and name}
+        """What folders say of a file: {"year": "2024", "folder": "year=2024"} for t/year=2024/part.parquet."""
+        folders = self.address.partition("::")[0].replace("\\", "/").split("/")[:-1]
+        parts = (part.partition("=") for part in folders)
+        found = {unquote(name): unquote(value) for name, is_one, value in parts if is_one and name}
+        found = {name: NO_GROUP if value == _NO_PARTITION else value for name, value in found.items()}
+        return {"folder": folders[-1] if folders else "", **found}
