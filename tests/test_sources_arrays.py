@@ -40,7 +40,7 @@ def test_features_are_on_the_channel_axes(tmp_path: Path, kind: str, axes, order
 def test_pieces_of_arrays_neither_lose_nor_double_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, size: int, most: int, order: str
 ) -> None:
-    monkeypatch.setattr("batchnorm.datasets.sources.numpy_files.MOST_VALUES", most)
+    monkeypatch.setattr("batchnorm.datasets.sources.array_pieces.MOST_VALUES", most)
     array = np.arange(n * 6, dtype=np.float32).reshape(n, 6).copy(order=order)
     np.save(tmp_path / "a.npy", array)
     found = pieces(tmp_path / "a.npy", options=Options(piece_bytes=size))
@@ -159,3 +159,48 @@ def test_a_member_that_inflates_a_thousandfold_needs_little_memory(tmp_path: Pat
     tracemalloc.stop()
     assert rows == 200 << 20
     assert peak < 40 << 20
+
+
+def test_stores_of_zarr_have_arrays_below_groups(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(tmp_path / "store", mode="w")
+    images = np.arange(11 * 3 * 4 * 4).reshape(11, 3, 4, 4)
+    group.create_array("in/images", data=images, chunks=(2, 2, 4, 2))
+    group.create_array("y", data=np.arange(11) % 2, chunks=(11,))
+    selection = Selection(columns=("in/images",), by="y")
+    found = pieces(tmp_path / "store", selection, Options(piece_bytes=1000))
+    assert [(piece.first, piece.last) for piece in found] == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 11)]
+    for group_name in "01":
+        mine = [b.columns["in/images"].values for b in blocks(found, selection) if b.group == group_name]
+        want = images[int(group_name) :: 2].transpose(0, 2, 3, 1).reshape(-1, 3)
+        np.testing.assert_array_equal(np.concatenate(mine), want)
+
+
+def test_stores_of_zarr_are_found_below_folders_and_by_patterns(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    for name in "ab":
+        zarr.create_array(tmp_path / "all" / f"{name}.zarr", data=np.arange(6.0).reshape(3, 2), chunks=(2, 2))
+    for data in (
+        tmp_path / "all",
+        tmp_path / "all" / "*.zarr",
+        [tmp_path / "all" / "a.zarr", tmp_path / "all/b.zarr/"],
+    ):
+        assert [piece.file for piece in pieces(data)] == [str(tmp_path / "all" / f"{name}.zarr") for name in "ab"]
+    before = pieces(tmp_path / "all")[0].fingerprint
+    zarr.open(tmp_path / "all" / "a.zarr")[0] = 9
+    assert pieces(tmp_path / "all")[0].fingerprint != before
+
+
+def test_damaged_stores_of_zarr_are_refused(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    array = zarr.create_array(tmp_path / "a.zarr", data=np.arange(6000.0).reshape(3000, 2), chunks=(2000, 2))
+    (tmp_path / "a.zarr" / "c" / "1" / "0").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"expected a Zarr store, got .*a.zarr, which is damaged or no store"):
+        read(pieces(tmp_path / "a.zarr"))
+    (tmp_path / "a.zarr" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"expected a Zarr store, got .*a.zarr, which is damaged or no store"):
+        pieces(tmp_path / "a.zarr")
+    zarr.open_group(tmp_path / "b.zarr", mode="w")
+    with pytest.raises(ValueError, match=r"expected a Zarr store with arrays, got .*b.zarr without"):
+        pieces(tmp_path / "b.zarr")
+    assert array.shape == (3000, 2)

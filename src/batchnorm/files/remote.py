@@ -72,7 +72,7 @@ def opened(address: Address) -> BinaryIO:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Details:
     """Bytes of a file, and what changes with its content: its time of change, or the store's own tag or checksum."""
 
@@ -96,9 +96,30 @@ def details(address: Address) -> Details:
     with reaching(name):
         system, path = _system(name)
         system.invalidate_cache(path)
-        stored = system.info(path)
-    version = next((str(stored[key]) for key in _VERSIONS if stored.get(key)), "")
-    return Details(int(stored.get("size") or stored.get("file_size") or 0), version)
+        return _details(system.info(path))
+
+
+def _details(about: dict[str, Any]) -> Details:
+    version = next((str(about[key]) for key in _VERSIONS if about.get(key)), "")
+    return Details(int(about.get("size") or about.get("file_size") or 0), version)
+
+
+def tree(address: Address) -> list[tuple[str, Details]]:
+    """All files below a folder, also those whose names begin with a dot, with their details, sorted by name.
+
+    Raises:
+        OSError: If the address cannot be reached.
+    """
+    name = os.fspath(address)
+    if not is_remote(name):
+        files = (each for each in Path(name).rglob("*") if each.is_file())
+        return sorted((each.relative_to(name).as_posix(), details(each)) for each in files)
+    with reaching(name):
+        system, path = _system(name)
+        system.invalidate_cache(path)
+        return sorted(
+            (each.removeprefix(path), _details(about)) for each, about in system.find(path, detail=True).items()
+        )
 
 
 @contextmanager
@@ -139,7 +160,7 @@ def _remote(name: str) -> Iterator[str]:
         return
     with reaching(name):
         system, path = _system(name)
-        for each in system.glob(path) if _is_pattern(first) else [path]:
+        for each in system.glob(path) if is_pattern(first) else [path]:
             yield from (system.unstrip_protocol(found) + chain + rest for found in _below(system, each))
 
 
@@ -156,7 +177,8 @@ def _is_visible(path: str) -> bool:
     return not any(part.startswith(".") for part in PurePosixPath(path).parts)
 
 
-def _is_pattern(address: str) -> bool:
+def is_pattern(address: str) -> bool:
+    """Whether an address has characters of a pattern. In addresses of http and https, ? is none."""
     return bool(re.search(r"[*\[]" if address.lower().startswith("http") else r"[*?\[]", address))
 
 

@@ -13,6 +13,9 @@ import numpy as np
 from batchnorm.datasets.blocks import NO_GROUP, Block, Column
 from batchnorm.datasets.sources.schemas import Feature, Shape
 
+# the column of a file that has a single array
+NAME = "values"
+
 Axes = int | tuple[int, ...] | None
 
 
@@ -26,7 +29,7 @@ def fields_of(name: str, dtype: np.dtype, shape: Shape) -> dict[str, tuple[np.dt
         return {name: (base, (*shape, *inner))}
     found: dict[str, tuple[np.dtype, Shape]] = {}
     for field, (kind, *_) in dtype.fields.items():
-        found |= fields_of(field if name == "values" else f"{name}.{field}", kind, shape)
+        found |= fields_of(field if name == NAME else f"{name}.{field}", kind, shape)
     return found
 
 
@@ -36,7 +39,7 @@ def fields_in(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array}
     found: dict[str, np.ndarray] = {}
     for field in array.dtype.fields:
-        found |= fields_in(field if name == "values" else f"{name}.{field}", array[field])
+        found |= fields_in(field if name == NAME else f"{name}.{field}", array[field])
     return found
 
 
@@ -48,7 +51,7 @@ def feature_of(dtype: np.dtype, shape: Shape, axes: Axes, where: str) -> Feature
     """
     words = f"{dtype.name}{list(shape)}"
     if dtype.kind not in "biuf" or not shape:
-        return Feature("other", (), words, dtype.kind in "SUM" and len(shape) == 1)
+        return Feature("other", (), words, dtype.kind in "SUMT" and len(shape) == 1)
     return Feature(
         "number", tuple(shape[axis] for axis in _features(shape, axes, where)), words, _is_code(dtype, shape)
     )

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import final
 
-from batchnorm.datasets.sources import arrow_files, csv_files, image_files, images, numpy_files, parquet, tar_shards
+from batchnorm.datasets.sources import (
+    arrow_files,
+    csv_files,
+    image_files,
+    images,
+    numpy_files,
+    parquet,
+    tar_shards,
+    zarr_stores,
+)
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import FilePlan, together
 from batchnorm.datasets.sources.stored_files import StoredFile
@@ -42,6 +51,7 @@ class Format:
     is_opened: bool = True
 
 
+ZARR = Format("zarr", (zarr_stores.SUFFIX,), _each(zarr_stores.plan), is_opened=False)
 _COMPRESSED = ("", ".gz", ".bz2", ".zst")
 FORMATS: tuple[Format, ...] = (
     Format("parquet", (".parquet", ".pq", ".parq"), _each(parquet.plan), ((0, b"PAR1"),), is_certain=True),
@@ -51,6 +61,7 @@ FORMATS: tuple[Format, ...] = (
     Format("npz", (".npz",), _each(numpy_files.plan_archive), ((0, b"PK\3\4"), (0, b"PK\5\6")), is_certain=True),
     Format("images", images.SUFFIXES, image_files.plan, is_opened=False),
     Format("tar", (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), _each(tar_shards.plan), ((257, b"ustar"),)),
+    ZARR,
 )
 # bytes that are read to recognize a format
 _BEGINNING = 512
@@ -94,7 +105,7 @@ def format_of(stored: StoredFile) -> Format:
         ValueError: If neither suffix nor first bytes are those of a format, or they contradict the suffix.
         OSError: If the file cannot be read.
     """
-    named = by_suffix(stored.address)
+    named = ZARR if stored.is_folder else by_suffix(stored.address)
     if named is not None and not named.is_opened:
         return named
     with stored.open() as file:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from batchnorm.datasets.blocks import Piece, Selection
-from batchnorm.datasets.sources.formats import Format, by_suffix, format_named, format_of, supported
+from batchnorm.datasets.sources import zarr_stores
+from batchnorm.datasets.sources.formats import ZARR, Format, by_suffix, format_named, format_of, supported
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import together
 from batchnorm.datasets.sources.schemas import measured
 from batchnorm.datasets.sources.stored_files import StoredFile
-from batchnorm.files.remote import Address, is_remote, listed
+from batchnorm.files.remote import Address, is_pattern, is_remote, listed
 
 Data = Address | Sequence[Address]
 
@@ -35,15 +36,17 @@ def pieces(data: Data, selection: Selection | None = None, options: Options | No
         ModuleNotFoundError: If a package that reads the format is not installed.
     """
     selection, options = selection or Selection(), options or Options()
-    addresses = _addresses(data, options)
-    files = together(StoredFile.at, addresses)
+    found = _addresses(data, options)
+    addresses, stores = sorted(found), {address for address, is_folder in found.items() if is_folder}
+    files = together(lambda each: zarr_stores.stored_at(each) if each in stores else StoredFile.at(each), addresses)
     format_ = _one_format(files, options)
     plans = format_.plan(files, options)
     shapes = measured([each.schema for each in plans], selection)
     return [piece for each in plans for piece in each.cut(shapes)]
 
 
-def _addresses(data: Data, options: Options) -> list[str]:
+def _addresses(data: Data, options: Options) -> dict[str, bool]:
+    """Addresses of files, and whether each is a folder that counts as a file: a store of Zarr."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
         raise ValueError("expected a file, a folder or a pattern, or a list of them, got an empty list. Name a file.")
@@ -52,22 +55,25 @@ def _addresses(data: Data, options: Options) -> list[str]:
             raise TypeError(
                 f"expected a path or an address, or a list of them, got {type(each).__name__}. Name files of data."
             )
-    found = dict.fromkeys(file for each in given for file in _files_at(os.fspath(each), options))
-    return sorted(found)
+    return {file: is_folder for each in given for file, is_folder in _files_at(os.fspath(each), options).items()}
 
 
-def _files_at(address: str, options: Options) -> list[str]:
+def _files_at(address: str, options: Options) -> dict[str, bool]:
     """The file at an address; the files of known formats, if the address is a folder or a pattern."""
+    if not is_pattern(address) and by_suffix(address) in {None, ZARR} and zarr_stores.is_store(address):
+        return {address.rstrip("/"): True}
     files = listed(address)
     if files == [address] or (len(files) == 1 and not _is_folder(address)):
-        return files
-    suited = [file for file in files if _is_data(file, options)]
+        suited = files
+    else:
+        suited = [file for file in files if _is_data(file, options)]
     if not suited:
         raise ValueError(
             f"expected files with data, got {address} with {len(files)} files, none of them of a known format, such as "
             f"{files[0]}. {supported()}"
         )
-    return suited
+    stores = {file: zarr_stores.store_of(file) for file in suited}
+    return {store or file: store is not None for file, store in stores.items()}
 
 
 def _is_folder(address: str) -> bool:
@@ -77,7 +83,7 @@ def _is_folder(address: str) -> bool:
 def _is_data(file: str, options: Options) -> bool:
     if PurePosixPath(file.replace("\\", "/")).name.startswith(("_", ".")):
         return False
-    found = by_suffix(file)
+    found = ZARR if zarr_stores.store_of(file) else by_suffix(file)
     return found is not None and options.format in {"", found.name}
 
 

@@ -26,11 +26,13 @@ class StoredFile:
         address: A local path, or an address of fsspec.
         fingerprint: What identifies the content: size and time of change, or size and the store's own tag.
         size: Bytes.
+        is_folder: Whether it is a folder, such as a store of Zarr.
     """
 
     address: str
     fingerprint: str
     size: int
+    is_folder: bool = False
 
     @staticmethod
     def at(address: str) -> StoredFile:
