@@ -1,5 +1,7 @@
-// Forward and backward passes in train mode, and normalization by given statistics, for one instruction set (ISA).
+// Forward and backward passes in train mode, normalization by given statistics, and statistics of data sets, for one
+// instruction set (ISA).
 #include "arithmetic.hpp"
+#include "columns.hpp"
 #include "plan.hpp"
 #include "valid.hpp"
 
@@ -308,6 +310,7 @@ void input_gradient_any(const Layer &layer, const Backward &job, const Halves &h
 
 } // namespace
 
-extern const Arithmetic arithmetic{train_any, backward_any, normalize_any, moments_any, update, sum_gradients_any, input_gradient_any};
+extern const Arithmetic arithmetic{train_any, backward_any, normalize_any, moments_any, update, sum_gradients_any, input_gradient_any,
+                            add_columns};
 
 } // namespace batchnorm::ISA

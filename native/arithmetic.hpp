@@ -53,6 +53,23 @@ struct Halves {
     const double *means; // sums divided by the count; null if mean and variance are constants
 };
 
+// The types of the values of data sets, with the numbers of src/batchnorm/datasets/feature_sums.py.
+enum class Kind : int { float64, float32, int8, int16, int32, int64, uint8, uint16, uint32, uint64 };
+constexpr int KINDS = 10;
+
+// A block (rows, features) of a data set, and the statistics that it is added to. Strides of x and `present` are bytes,
+// also negative ones; an address need not be aligned.
+struct Columns {
+    Kind kind;
+    const void *x;
+    int64_t rows, features, row_stride, feature_stride;
+    const uint8_t *present; // 0 where a value is null; null: no value is
+    int64_t present_row_stride, present_feature_stride;
+    double *numbers;  // (7, features): mean, mean_low, m2, m3, m4, minimum, maximum
+    int64_t *counts;  // (4, features): finite values, NaN, infinities, nulls
+    int64_t totals_stride; // values between two rows of `numbers` and of `counts`
+};
+
 struct Arithmetic {
     // Measures x, writes mean and var, normalizes, moves running statistics; returns the number of non-finite channels.
     int64_t (*train)(const Layer &, const Forward &, const Running &);
@@ -63,6 +80,7 @@ struct Arithmetic {
     int64_t (*update)(int64_t channels, const double *mean, const double *var, double count, const Running &);
     void (*sum_gradients)(const Layer &, const Backward &, const Halves &);  // writes sums, and d_residual if there is one
     void (*input_gradient)(const Layer &, const Backward &, const Halves &); // writes d_x
+    void (*add_columns)(const Columns &); // on one thread
 };
 
 namespace portable { extern const Arithmetic arithmetic; }

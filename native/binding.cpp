@@ -126,6 +126,16 @@ int64_t update(int64_t channels, Address mean, Address var, double count, Addres
                                      {at<int64_t>(batches), at(running_mean), at(running_var), wide, momentum});
 }
 
+void add_columns(int kind, Address x, int64_t rows, int64_t features, int64_t row_stride, int64_t feature_stride,
+                 Address present, int64_t present_row_stride, int64_t present_feature_stride, Address numbers,
+                 Address counts) {
+    if (kind < 0 || kind >= KINDS) throw nb::value_error("add_columns needs the number of a Kind.");
+    nb::gil_scoped_release free;
+    chosen.load()->add_columns({Kind(kind), at(x), rows, features, row_stride, feature_stride, at<uint8_t>(present),
+                                present_row_stride, present_feature_stride, at<double>(numbers), at<int64_t>(counts),
+                                features});
+}
+
 } // namespace
 
 NB_MODULE(_native, module) {
@@ -139,5 +149,6 @@ NB_MODULE(_native, module) {
     module.def("update", &update);
     module.def("sum_gradients", &sum_gradients);
     module.def("input_gradient", &input_gradient);
+    module.def("add_columns", &add_columns);
     module.def("activations", &activations);
 }

@@ -1,25 +1,28 @@
-"""Files beside a checkpoint: tensors and JSON data in safetensors, written as a whole or not at all."""
+"""Files beside a checkpoint or data: tensors and JSON data in safetensors, written as a whole or not at all."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, final
 
 from batchnorm.files.whole import replacing
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
-    from torch import Tensor
+_HEADER = 8  # bytes of the length of a file's header
+# torch's tensors, or NumPy's arrays, with which files are written and read without torch
+_Tensor = TypeVar("_Tensor")
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Sidecar:
-    """A kind of file beside a checkpoint.
+class Sidecar(Generic[_Tensor]):
+    """A kind of file beside a checkpoint or data.
 
     Args:
         kind: Part of the key batchnorm.``kind`` in a file's metadata, under which the file's JSON data are stored.
@@ -27,6 +30,7 @@ class Sidecar:
         what: The kind in words, for errors, such as "a bank".
         version: Version of the contents; ``read`` refuses files of other versions.
         remedy: The last sentence of errors: how to make such a file.
+        library: "torch" for tensors, "numpy" for arrays.
     """
 
     kind: str
@@ -34,8 +38,9 @@ class Sidecar:
     what: str
     version: int
     remedy: str
+    library: Literal["torch", "numpy"] = "torch"
 
-    def write(self, path: str | os.PathLike[str], about: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    def write(self, path: str | os.PathLike[str], about: Mapping[str, object], tensors: Mapping[str, _Tensor]) -> None:
         """Write tensors, and the JSON data ``about`` with the version as metadata.
 
         Raises:
@@ -43,34 +48,70 @@ class Sidecar:
             TypeError: If ``about`` is not JSON data.
             OSError: If the file cannot be written.
         """
-        from safetensors.torch import save
+        path = self.path(path)
+        data = self.to_bytes(about, tensors)
+        with replacing(path.absolute()) as file:
+            file.write(data)
 
+    def path(self, path: str | os.PathLike[str]) -> Path:
+        """The path, which must end in ``suffix``.
+
+        Raises:
+            ValueError: If it does not.
+        """
         path = Path(path)
         if not path.name.endswith(self.suffix):
             raise ValueError(
                 f"{self.what} needs a file that ends in {self.suffix}, got {path.name!r}. Name it model{self.suffix}."
             )
-        metadata = {f"batchnorm.{self.kind}": json.dumps({"version": self.version, **about})}
-        with replacing(path.absolute()) as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        return path
 
-    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         """The JSON data and tensors of a file from ``write``.
 
         Raises:
             ValueError: If the file is of another kind or version, or not a safetensors file.
             OSError: If the file cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        return self.from_bytes(Path(path).read_bytes(), str(path))
+
+    def to_bytes(self, about: Mapping[str, object], tensors: Mapping[str, _Tensor]) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            TypeError: If ``about`` is not JSON data.
+        """
+        metadata = {f"batchnorm.{self.kind}": json.dumps({"version": self.version, **about})}
+        return self._library.save({name: _contiguous(tensor) for name, tensor in tensors.items()}, metadata)
+
+    def from_bytes(self, data: bytes, name: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        """The JSON data and tensors in the bytes of a file, which errors call ``name``.
+
+        Raises:
+            ValueError: If the bytes are of another kind or version, or damaged.
+        """
+        from safetensors import SafetensorError
 
         try:
-            Path(path).open("rb").close()  # raises Python's error for a missing file
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get(f"batchnorm.{self.kind}", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not {self.what}: {error}. {self.remedy}") from error
+            tensors = self._library.load(data)  # checks the header
+            length = int.from_bytes(data[:_HEADER], "little")
+            metadata = json.loads(data[_HEADER : _HEADER + length]).get("__metadata__") or {}
+            about = json.loads(metadata.get(f"batchnorm.{self.kind}", "{}"))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{name} is not {self.what}: {error}. {self.remedy}") from error
         version = about.pop("version", None) if isinstance(about, dict) else None
         if version != self.version:
-            raise ValueError(f"{path} is not {self.what} of version {self.version}, got {version}. {self.remedy}")
+            raise ValueError(f"{name} is not {self.what} of version {self.version}, got {version}. {self.remedy}")
         return about, tensors
+
+    @property
+    def _library(self) -> Any:
+        return import_module(f"safetensors.{self.library}")
+
+
+def _contiguous(tensor: Any) -> Any:
+    if hasattr(tensor, "contiguous"):
+        return tensor.contiguous()
+    import numpy as np
+
+    return np.ascontiguousarray(tensor)
