@@ -5,7 +5,7 @@
 
 One thread runs the model. That keeps the event loop free, and a ShiftMonitor takes one forward pass at a time: passes
 in several threads at once would mix their observations. More throughput comes from more processes; each saves its
-state to a file of its own, and ``monitor.pooled(*files)`` judges them together.
+state to a file of its own, and ``batchnorm shift --merge FOLDER`` judges them together.
 
 /healthz stays 200 after an alarm and says so in a field. The process is as able to answer as before, a restart would
 mend nothing, and since all replicas get the same inputs, 503 would take all of them out of service at once. Who should

@@ -15,6 +15,7 @@ import click
 from batchnorm import addresses
 from batchnorm.checkpoint import model_loading
 from batchnorm.cli import shared_options as options
+from batchnorm.cli import shift_merging as merging
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
 from batchnorm.cli.settings import refuse_empty, settings
@@ -35,7 +36,7 @@ _ALPHA, _UNIT = 0.01, "example"
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", metavar="MODEL", nargs=-1)
 @click.option("--data", metavar="ADDRESS", help="Batches to judge: data.py:loader.")
 @click.option(
     "--check-assumptions", "clean", metavar="ADDRESS",
@@ -65,13 +66,27 @@ _ALPHA, _UNIT = 0.01, "example"
     help="Largest number of examples, also for --calibrate.  [default: all]",
 )
 @click.option("--images", type=click.IntRange(1, 12), help="Number of examples near the alarm in the HTML page.")
+@click.option(
+    "--merge", multiple=True, metavar="FILE...",
+    help="In place of MODEL: states of replicas: files, patterns, folders, or addresses such as s3://bucket/states/.",
+)  # fmt: skip
+@click.option(
+    "--fleet", type=click.IntRange(min=1), metavar="N",
+    help="With --merge: number of replicas, fixed beforehand.  [default: as many as are found]",
+)  # fmt: skip
+@click.option("--independent", is_flag=True, help="With --merge: replicas are independent, so evidence is multiplied.")
+@click.option(
+    "--within", type=click.FloatRange(min=0), metavar="SECONDS",
+    help="With --merge: times of files that differ by less count as one.  [default: 600]",
+)  # fmt: skip
 @options.output_format
 @options.output
 @options.quiet
 def shift(
-    model: str, data: str | None, clean: str | None, weights: str | None, state: str, given: tuple[str, ...],
+    models: tuple[str, ...], data: str | None, clean: str | None, weights: str | None, state: str, given: tuple[str, ...],
     reference: str | None, calibrate: str | None, write_reference: str | None, alpha: float, unit: str,
-    max_examples: int | None, images: int | None, output_format: str | None, output: Path | None, quiet: bool,
+    max_examples: int | None, images: int | None, merge: tuple[str, ...], fleet: int | None, independent: bool,
+    within: float | None, output_format: str | None, output: Path | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Judge whether data have the same distribution as the training data of MODEL.
 
@@ -81,9 +96,15 @@ def shift(
 
     --check-assumptions checks on clean data whether the probability of a false alarm is as promised.
 
+    --merge judges replicas of one model together, from the states that their monitors saved, without the model.
+
     Exit codes: 0 no shift, or all assumptions hold; 1 a shift, or an assumption is doubtful or broken; 2 the command
     could not run.
     """
+    if merge:
+        merging.run((*merge, *models), fleet, independent, within, output_format, output, quiet)
+    merging.refuse_without()
+    model = _model(models)
     in_workflow = "github" if clean is None else "full"
     chosen = formats.chosen(output_format, output, settings().output_format, in_workflow=in_workflow)
     asked = ShiftOptions(
@@ -129,6 +150,17 @@ class ShiftOptions:
 
 
 # -- options ------------------------------------------------------------------------------------------------------
+
+
+def _model(models: tuple[str, ...]) -> str:
+    """The one model; click's own errors for none and for several."""
+    context = click.get_current_context()
+    if not models:
+        raise click.MissingParameter(ctx=context, param=context.command.params[0])
+    if len(models) > 1:
+        extra = " ".join(models[1:])
+        raise click.UsageError(f"Got unexpected extra argument{'s' * (len(models) > 2)} ({extra})", context)
+    return models[0]
 
 
 def _data(data: str | None, clean: str | None) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, final
+from typing import Any, Generic, Literal, TypeVar, final
 
+from batchnorm.files import remote_writing
+from batchnorm.files.remote import is_remote, opened, reaching
 from batchnorm.files.whole import replacing
-
-if TYPE_CHECKING:
-    import os
 
 _HEADER = 8  # bytes of the length of a file's header
 # torch's tensors, or NumPy's arrays, with which files are written and read without torch
@@ -41,16 +41,20 @@ class Sidecar(Generic[_Tensor]):
     library: Literal["torch", "numpy"] = "torch"
 
     def write(self, path: str | os.PathLike[str], about: Mapping[str, object], tensors: Mapping[str, _Tensor]) -> None:
-        """Write tensors, and the JSON data ``about`` with the version as metadata.
+        """Write tensors, and the JSON data ``about`` with the version as metadata, to a path or an address of fsspec.
 
         Raises:
-            ValueError: If the path does not end in ``suffix``.
+            ValueError: If the path does not end in ``suffix``, or fsspec does not know the protocol of the address.
             TypeError: If ``about`` is not JSON data.
+            ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
             OSError: If the file cannot be written.
         """
-        path = self.path(path)
+        name = self._named(path)
         data = self.to_bytes(about, tensors)
-        with replacing(path.absolute()) as file:
+        if is_remote(name):
+            remote_writing.write(name, data)
+            return
+        with replacing(Path(name).absolute()) as file:
             file.write(data)
 
     def path(self, path: str | os.PathLike[str]) -> Path:
@@ -59,21 +63,26 @@ class Sidecar(Generic[_Tensor]):
         Raises:
             ValueError: If it does not.
         """
-        path = Path(path)
-        if not path.name.endswith(self.suffix):
+        return Path(self._named(path))
+
+    def _named(self, path: str | os.PathLike[str]) -> str:
+        name = os.fspath(path)
+        if not name.endswith(self.suffix):
             raise ValueError(
-                f"{self.what} needs a file that ends in {self.suffix}, got {path.name!r}. Name it model{self.suffix}."
+                f"{self.what} needs a file that ends in {self.suffix}, got {Path(name).name!r}. "
+                f"Name it model{self.suffix}."
             )
-        return path
+        return name
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-        """The JSON data and tensors of a file from ``write``.
+        """The JSON data and tensors of a file from ``write``, at a path or an address of fsspec.
 
         Raises:
             ValueError: If the file is of another kind or version, or not a safetensors file.
+            ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
             OSError: If the file cannot be read.
         """
-        return self.from_bytes(Path(path).read_bytes(), str(path))
+        return self.from_bytes(_content(os.fspath(path)), str(path))
 
     def to_bytes(self, about: Mapping[str, object], tensors: Mapping[str, _Tensor]) -> bytes:
         """The bytes of a file.
@@ -115,3 +124,11 @@ def _contiguous(tensor: Any) -> Any:
     import numpy as np
 
     return np.ascontiguousarray(tensor)
+
+
+def _content(name: str) -> bytes:
+    """The bytes of a local or remote file."""
+    if not is_remote(name):
+        return Path(name).read_bytes()
+    with opened(name) as file, reaching(name):
+        return file.read()
