@@ -144,7 +144,8 @@ def read(streams: Streams, logs: list[Tensor], count: int, lags: Tensor, mode: s
     product = combined(parts, fleet.PRODUCT, count)
     if mode == "calibrated":
         mean = own.logsumexp(1) - math.log(REPLICAS)
-        return {"fleet: largest": combined(parts, fleet.LARGEST, count), "fleet: files of different times": late.amax(1),
+        return {"fleet: largest": combined(parts, fleet.LARGEST, count),
+                "fleet: files of different times": late.amax(1),
                 "before: largest by bet": largest_by_bet(parts, count), "average (not proved)": mean,
                 "product (not allowed)": product, **singles}  # fmt: skip
     return {"fleet: average": combined(parts, fleet.AVERAGE, count),

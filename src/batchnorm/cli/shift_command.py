@@ -83,8 +83,9 @@ _ALPHA, _UNIT = 0.01, "example"
 @options.output
 @options.quiet
 def shift(
-    models: tuple[str, ...], data: str | None, clean: str | None, weights: str | None, state: str, given: tuple[str, ...],
-    reference: str | None, calibrate: str | None, write_reference: str | None, alpha: float, unit: str,
+    models: tuple[str, ...], data: str | None, clean: str | None, weights: str | None, state: str,
+    given: tuple[str, ...], reference: str | None, calibrate: str | None, write_reference: str | None, alpha: float,
+    unit: str,
     max_examples: int | None, images: int | None, merge: tuple[str, ...], fleet: int | None, independent: bool,
     within: float | None, output_format: str | None, output: Path | None, quiet: bool,
 ) -> None:  # fmt: skip

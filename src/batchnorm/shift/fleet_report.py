@@ -19,6 +19,7 @@ _RULES = (
     RuleWords(code=_DEPENDENT, title="Neighbouring observations are alike, so that false alarms are not bounded."),
     RuleWords(code=_ALONE, title="A replica raised the alarm by itself; the fleet's evidence decides."),
 )
+_SHOWN = 20  # number of replicas in the table
 _WORDS = {
     AVERAGE: "average of e-values of one time; of several times the largest sum counts",
     LARGEST: "the largest e-value, divided by the number of replicas, because all share the clean observations",
@@ -84,10 +85,14 @@ def _checks(verdict: FleetVerdict, rows: list[Row]) -> Iterator[Check]:
 
 def _document(verdict: FleetVerdict) -> Iterator[Block]:
     severity = Severity.ERROR if verdict.shift else Severity.INFO
-    yield Text(sentence(verdict), strong=f"[{GLYPHS[severity]} {severity}]")
+    yield Text(f"[{GLYPHS[severity]} {severity}] {sentence(verdict)}")
     yield TextTable(("", ""), [(name, plain(words)) for name, words in _facts(verdict)], words=2)
     head = ("file", "saved (UTC)", "alone", "counts", "observations")
-    yield TextTable(head, [_cells(replica) for replica in verdict.replicas], words=4)
+    strongest = sorted(verdict.replicas, key=lambda replica: -replica.log_evidence)[:_SHOWN]
+    shown = [replica for replica in verdict.replicas if replica in strongest]
+    others = f"{many(len(verdict.replicas) - len(shown), 'other replica')} with less evidence"
+    title = "" if len(shown) == len(verdict.replicas) else f"The {_SHOWN} replicas with most evidence; {others}"
+    yield TextTable(head, [_cells(replica) for replica in shown], words=4, title=title)
     head = ("layer", "evidence", "kind", "channels", "W2", "KL")
     yield TextTable(head, [_layer(layer) for layer in verdict.layers], words=4)
     if verdict.left_out:
@@ -106,10 +111,7 @@ def _facts(verdict: FleetVerdict) -> Iterator[tuple[str, str]]:
     if verdict.hint:
         yield "hint", HINTS[verdict.hint]
     if alone := sum(replica.alarm for replica in verdict.replicas):
-        yield (
-            "alone",
-            f"{many(alone, 'replica')} raised the alarm by itself; its promise is for one replica, not for all",
-        )
+        yield "alone", f"alarms of {many(alone, 'replica')}, of which each keeps the promise for one replica only"
     if alike := sum(replica.dependent for replica in verdict.replicas):
         yield "neighbours", f"alike in {many(alike, 'replica')}: the promise about false alarms does not hold"
     if verdict.other_files:

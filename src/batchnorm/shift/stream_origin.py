@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, final
 
+_LAST = 2.5e11  # Unix time of the year 9892, before the last year that dates have
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Origin:
             legs = tuple((str(token), int(start)) for token, start in values["legs"])
             saved = float(values["saved"])
             starts = [start for _, start in legs]
-            if legs and starts == sorted(starts) and starts[0] == 0 and abs(saved) < float("inf"):
+            if legs and starts == sorted(starts) and starts[0] == 0 and 0 <= saved < _LAST:
                 return cls(str(values["id"]), legs, saved)
         except (KeyError, TypeError, ValueError, OverflowError):
             pass

@@ -98,7 +98,7 @@ class StreamState:
         try:
             names = ("ranks", "marks") if self.about["source"] == "calibrated" else ("mean", "up", *self._down)
             sizes = tuple(self.about["sizes"])
-            good = len(self.about["layers"]) == len(sizes) and all(size > 0 for size in sizes)
+            good = len(self.about["layers"]) == len(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
             good = good and self._fits(sizes, bet_shapes(sizes, names)) and self._is_sound
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             good = False
@@ -113,12 +113,17 @@ class StreamState:
     def _is_sound(self) -> bool:
         """Whether counts, limits and evidence have values that a stream can have."""
         counts = [self.about[name] for name in ("passed", "looked", "observations")]
+        counts += [self.about[name]["count"] for name in ("recent", "auto")]
         bets = list(self.about["bets"].values())
         logs = [self.tensors[f"{name}.{part}"] for name in self.about["bets"] for part in ("product", "restarted")]
         alpha, arl = self.about["alpha"], self.about["arl"]
         return (
             all(isinstance(count, int) and count >= 0 for count in counts)
+            and all(about.keys() == {"updates", "rest", "is_spread"} for about in bets)
             and all(0 <= about["rest"] <= 1 and about["is_spread"] == (arl is None) for about in bets)
+            and isinstance(self.about["unit"], str)
+            and all(isinstance(name, str) for name in self.about["layers"])
+            and math.isfinite(self.about["auto"]["sum"])
             and all(bool((log < torch.inf).all()) for log in logs)  # neither infinite nor NaN
             and 0 < alpha < 1
             and (arl is None or 1 < arl < math.inf)
