@@ -61,7 +61,7 @@ def cells(name: str, quantity: Quantity) -> tuple[str, ...]:
     return f"`{name}`", quantity.title, quantity.unit or "ratio", quantity.reads, quantity.floor
 
 
-@pytest.mark.parametrize("tier", ["free", "probe"])
+@pytest.mark.parametrize("tier", ["free", "probe", "lab"])
 def test_the_page_about_watching_has_a_row_for_each_quantity_with_the_words_of_the_log(tier):
     rows = [line for line in text_of("instruments.md").splitlines() if re.match(r"\| `\w+` \|", line)]
     expected = [

@@ -509,3 +509,18 @@ def test_a_port_that_is_taken_is_told_and_the_next_free_one_is_found():
         assert second.getsockname()[1] > port
         with pytest.raises(OSError, match=rf"expected port {port} .* Choose another with --port N"):
             server.listen(port)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({}, ""),
+        ({"rank": 0, "ranks": [0, 1, 2, 3], "synchronized": 0}, "rank 0 of 4"),
+        ({"rank": 2, "ranks": [2, 3], "synchronized": 1}, "rank 2 of ranks 2, 3; all ranks in 1 synchronized layers"),
+        ({"rank": 0, "ranks": [0, 1], "synchronized": 3}, "all 2 ranks"),
+        ({"rank": "<b>", "ranks": 7}, ""),
+    ],
+)
+def test_the_status_says_whose_batches_were_measured(tmp_path, about, words):
+    Writer(tmp_path, layers(("a", "b", "c")), **about).close()
+    assert status(Log(tmp_path))["measured_on"] == words

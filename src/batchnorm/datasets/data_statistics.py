@@ -34,14 +34,6 @@ class Partial:
     rows: int
     columns: Mapping[str, ColumnStatistics]
 
-    def __add__(self, other: Partial) -> Partial:
-        """Statistics of the rows of both sides."""
-        if not self.columns or not other.columns:
-            return other if not self.columns else self
-        return Partial(
-            self.rows + other.rows, {name: each + other.columns[name] for name, each in self.columns.items()}
-        )
-
     @staticmethod
     def of_sums(rows: int, sums: FeatureSums, shapes: Mapping[str, tuple[int, ...]]) -> Partial:
         """Statistics from the sums of the features of all columns side by side."""
@@ -115,13 +107,6 @@ class DataStatistics:
     by: str = ""
     groups: Mapping[str, Partial] = field(default_factory=dict)
     sources: tuple[Source, ...] = ()
-
-    def __add__(self, other: DataStatistics) -> DataStatistics:
-        """Statistics of the data of both sides."""
-        groups = dict(self.groups)
-        for name, each in other.groups.items():
-            groups[name] = groups[name] + each if name in groups else each
-        return DataStatistics(self.total + other.total, self.by or other.by, groups, self.sources + other.sources)
 
     @property
     def rows(self) -> int:

@@ -7,14 +7,19 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.instruments.snapshots import Layers
+from batchnorm.processes import is_synchronized
+from batchnorm.processes.membership import members
 from batchnorm.record import Record, Writer
-from batchnorm.record.log_entry import Described
+from batchnorm.record.log_entry import Described, JsonValue
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Sink(Protocol):
@@ -47,8 +52,17 @@ class Outlets:
         """Whether a log is open."""
         return self._writer is not None
 
-    def open(self, model: nn.Module, layers: Layers, schedule: Mapping[str, float]) -> int | None:
-        """Open the log, and return the number of steps that it already has; None without a log."""
+    def open(
+        self, model: nn.Module, layers: Layers, schedule: Mapping[str, float], group: ProcessGroup | None = None
+    ) -> int | None:
+        """Open the log, and return the number of steps that it already has; None without a log.
+
+        Args:
+            model: The model that trains.
+            layers: Its batch norm layers.
+            schedule: The settings of the schedule.
+            group: The processes that train it together; None if this process trains alone.
+        """
         if self._log is None:
             return None
         self._writer = Writer(
@@ -58,6 +72,7 @@ class Outlets:
             parameters=sum(p.numel() for p in model.parameters()),
             schedule=dict(schedule),
             versions={name: version(name) for name in ("batchnorm", "torch")},
+            **_of_ranks(layers, group),
         )
         return self._writer.step
 
@@ -154,6 +169,14 @@ def _flat(record: Record) -> Iterable[tuple[str, float]]:
             (f"batchnorm/{name}/{layer}", v) for layer, v in zip(record.layers, row, strict=True) if v is not None
         )
     yield from ((f"batchnorm/{name}", value) for name, value in record.model.items() if value is not None)
+
+
+def _of_ranks(layers: Layers, group: ProcessGroup | None) -> dict[str, JsonValue]:
+    """Fields of a log that several processes train for: the rank that measures, and whose batches it measures."""
+    if group is None:
+        return {}
+    ranks = members(group)
+    return {"rank": ranks[0], "ranks": ranks, "synchronized": sum(map(is_synchronized, layers.layers))}
 
 
 def _described(layers: Layers) -> list[Described]:

@@ -172,6 +172,23 @@ def too_short(steps: int, least: int) -> str:
     )
 
 
+def not_the_first(rank: int, ranks: Sequence[int]) -> str:
+    """Why this rank has no records."""
+    return (
+        f"rank {rank} has no records: of ranks {', '.join(map(str, ranks))}, rank {ranks[0]} measures and writes the "
+        f"log. Read it on rank {ranks[0]}, or pass watch a group= whose first rank is {rank}."
+    )
+
+
+def not_watching(ranks: Sequence[int]) -> str:
+    """Message: these ranks left no statistics to compare."""
+    named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return (
+        f"the stored statistics are not compared with those of {named}, which did not watch these layers by then: "
+        "call watch on every rank"
+    )
+
+
 def postponed(looks: int, budget: float) -> str:
     """Message: this many looks were put off."""
     return f"{looks} looks were put off to stay under {budget:.1%} of the time"

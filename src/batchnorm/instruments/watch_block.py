@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,6 +12,9 @@ from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.instruments.probe_tier import Loss
 from batchnorm.instruments.sinks import Sink
 from batchnorm.instruments.watched_training import LogFolder, Watch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def watch(
@@ -22,6 +26,7 @@ def watch(
     probe: Batch = None,
     loss: Loss | None = None,
     sinks: Iterable[Sink] = (),
+    group: ProcessGroup | None = None,
 ) -> Watch:
     """A ``with`` block that measures the training of ``model``; the trained weights are the same, bit for bit.
 
@@ -40,8 +45,12 @@ def watch(
     If a step has several passes, each pass is compared with the same pass of other steps. If the training calls a
     compiled model other than ``model``, single passes cannot be recorded; if a step then has several passes, noise is
     None, and an event says why. An error of the measurement ends it with a RuntimeWarning, and the training continues.
-    Under torch.distributed only rank 0 measures: with plain batch norm the batches of rank 0, with SyncBatchNorm the
-    batches of all ranks.
+    Under torch.distributed there is one log, whether one rank or every rank calls ``watch``: the first rank of the
+    group measures and writes it, with plain batch norm its own batches, with synchronized layers the batches of all
+    ranks. If other ranks call ``watch`` too, they leave copies of their stored statistics in the store of the process
+    group after common steps, ``every`` apart, and the first rank records how far these differ (``rank_means``,
+    ``rank_sds``). There are no collectives, and no rank waits for another, except that ``stop`` on the first rank
+    waits up to a second for the last copies.
 
     Args:
         model: Any model with batch norm; it may be compiled or wrapped.
@@ -54,11 +63,13 @@ def watch(
         loss: ``loss(output, batch)`` for the batch ``probe``, unused if no batch is given; None chooses a loss in the
             same way as ``batchnorm.probe``.
         sinks: Receivers of the numbers besides the log.
+        group: The processes that train the model together, this one among them; None: all of torch.distributed.
 
     Raises:
-        TypeError: If ``model``, ``probe`` or ``log`` is of a wrong type.
+        TypeError: If ``model``, ``probe``, ``log`` or ``group`` is of a wrong type.
         ValueError: If the model has no batch norm, or has fake tensors, if ``every`` or ``budget`` is out of range, or
-            if the log's folder has the log of another model, a log of a newer version, or a log that is being written.
+            if the log's folder has the log of another model, a log of a newer version, or a log that is being written;
+            if this rank is not in ``group``, or ``group`` is given without an initialized process group.
         OSError: If the log cannot be written at the start.
 
     Example:
@@ -73,4 +84,6 @@ def watch(
         >>> list(run.latest["gamma"])
         ['1']
     """
-    return Watch(model, log=log, schedule=Schedule(every, budget), probe=probe, loss=loss, sinks=tuple(sinks))
+    return Watch(
+        model, log=log, schedule=Schedule(every, budget), probe=probe, loss=loss, sinks=tuple(sinks), group=group
+    )

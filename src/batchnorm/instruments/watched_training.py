@@ -4,7 +4,9 @@ The steps of the model's optimizers are counted (``optimizer_steps``). The runni
 consecutive steps, and the statistics of the batches are computed from the copies. This works in compiled models, under
 AMP, and with layers of torch.nn and of this package. If a step has several passes, copies are also made between the
 passes (``passes``). At longer intervals a fixed probe batch passes through the model. The measurement does not change
-the model: the trained weights are the same with and without it, bit for bit.
+the model: the trained weights are the same with and without it, bit for bit. Of several processes that train together
+the first one measures; the others only leave copies of their stored statistics, which it compares
+(``rank_comparison``).
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import NoneType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
@@ -32,10 +35,20 @@ from batchnorm.instruments.looks import Looks, lab_record
 from batchnorm.instruments.open_window import WINDOW, OpenWindow
 from batchnorm.instruments.optimizer_steps import Steps
 from batchnorm.instruments.passes import Passes
-from batchnorm.instruments.probe_tier import Loss, Probe, has_ranks, with_shape
+from batchnorm.instruments.probe_tier import Loss, Probe, with_shape
+from batchnorm.instruments.rank_comparison import RankComparison
 from batchnorm.instruments.sinks import Outlets, Sink
 from batchnorm.instruments.snapshots import Layers
-from batchnorm.instruments.training_events import NO_PROBE, Events, foreign_steps, no_steps, postponed, too_short
+from batchnorm.instruments.training_events import (
+    NO_PROBE,
+    Events,
+    TrainingEvent,
+    foreign_steps,
+    no_steps,
+    not_the_first,
+    postponed,
+    too_short,
+)
 from batchnorm.layers import batch_norms
 from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
@@ -44,7 +57,13 @@ from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
 from batchnorm.population.tensor_trees import tensors_in
+from batchnorm.processes import check_process_group
+from batchnorm.processes.membership import members
+from batchnorm.processes.notices import group_in_use
 from batchnorm.record import Record
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LogFolder = str | os.PathLike[str] | None
 
@@ -63,10 +82,15 @@ class Watch:
     Attributes:
         records: The last 256 records, oldest first.
         steps: Number of optimizer steps so far; with a continued log, including the steps in the log.
+
+    On all ranks of a process group but its first one, ``records`` stays empty, and ``steps`` counts from 0.
     """
 
     _steps: Steps | None = None
     _looks: Looks | None = None
+    _ranks: RankComparison | None = None
+    _group: ProcessGroup | None = None  # in use since the start; None if this process trains alone
+    _follows = False  # whether another rank measures
     _probe: Probe | None
     _by_hand, _foreign = False, 0  # whether run.step() counts; steps of other optimizers in a row
     _began = 0  # steps that the log had at the start
@@ -81,6 +105,7 @@ class Watch:
         probe: Batch,
         loss: Loss | None,
         sinks: tuple[Sink, ...],
+        group: ProcessGroup | None = None,
     ):
         self.records: deque[Record] = deque(maxlen=_KEPT)
         self.steps = 0
@@ -92,6 +117,8 @@ class Watch:
                 f"watch needs a model with batch norm layers, got {type(self._model).__name__} without any. "
                 "Pass the model that has the layers."
             )
+        check_process_group(group)
+        self._asked_group = group
         self._outlets, self._schedule = Outlets(log, sinks), schedule
         self._captures, self._probe = probe is None, None
         if probe is not None and probe is not False:
@@ -112,8 +139,10 @@ class Watch:
 
     def start(self) -> Watch:
         """Begin to measure; a ``with`` statement calls it."""
-        if self._on or (has_ranks() and torch.distributed.get_rank()):
+        if self._on:
             return self
+        self._group = group_in_use(self._asked_group)
+        self._follows = self._group is not None and torch.distributed.get_rank() != members(self._group)[0]
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
             self._begin()  # raises before the training if the log cannot be written
@@ -122,6 +151,8 @@ class Watch:
             self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign, self._give_up
         )
         self._steps.on()
+        if self._follows:
+            return self
         self._guard.enter_context(refusing_absences(self._model))
         if self._captures and self._probe is None:
             self._handles.append(self._outer.register_forward_pre_hook(Hook(self._capture), with_kwargs=True))
@@ -130,6 +161,9 @@ class Watch:
     def stop(self, reason: str = "finished") -> None:
         """Measure the open window, and end the log; a ``with`` statement calls it."""
         if not self._on:
+            return
+        if self._follows:
+            self._release(reason)
             return
         self._guarded(self._finish)
         self._guarded(self._tell_left_out)
@@ -149,6 +183,8 @@ class Watch:
         for record in reversed(self.records):
             if record.tier == "free":
                 return record
+        if self._follows and self._group is not None:
+            raise RuntimeError(not_the_first(torch.distributed.get_rank(), members(self._group)))
         if not self._on:
             raise RuntimeError(f"{too_short(self.steps - self._began, LEAST - 1)}.")
         raise RuntimeError(
@@ -184,6 +220,8 @@ class Watch:
         self._guarded(lambda: self._note_lab(values or {}, model))
 
     def _note_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> None:
+        if self._follows:
+            return
         self._begin()
         self._keep(lab_record(self.steps, self._looking.names, values, model))
 
@@ -199,6 +237,8 @@ class Watch:
 
     def _after_foreign(self, optimizer: torch.optim.Optimizer) -> None:
         self._foreign += 1
+        if self._follows:
+            return
         if self._foreign == _FOREIGN and not self._by_hand and self._steps is not None and self._steps.saw_passes():
             self._guarded(lambda: self._tell_foreign(optimizer))
 
@@ -224,6 +264,9 @@ class Watch:
     def _count(self, taker: int = 0) -> None:
         self._begin()
         self.steps += 1
+        self._compare_ranks()
+        if self._follows:
+            return
         due = self._schedule.is_due()
         if self._window.ends:
             self._window.add(taker)
@@ -233,6 +276,29 @@ class Watch:
             self._window.since = 0
         if time.perf_counter() - self._pulse >= _PULSE:
             self._beat()
+
+    def _compare_ranks(self) -> None:
+        """Leave this rank's stored statistics for the first rank, or compare what the others left."""
+        if self._ranks is None:
+            return
+        step = self.steps - self._began
+        try:
+            if not self._ranks.is_due(step):
+                self._note_ranks(self._ranks.looked(step))
+            elif self._schedule.affords("ranks"):
+                with self._schedule.looking("ranks"):
+                    self._note_ranks(self._ranks.left(step))
+        except RuntimeError as error:  # the store of the process group; the measurement needs no other rank
+            self._ranks.end()
+            self._ranks = None
+            self._tell(f"the stored statistics of ranks are no longer compared: {error}")
+
+    def _note_ranks(self, found: tuple[Record | None, list[TrainingEvent]]) -> None:
+        record, events = found
+        if record is not None:
+            self._keep(replace(record, step=self._began + record.step))
+        for event in events:
+            self._outlets.event(self.steps, event.message, event.layer, event.code)
 
     def _open_window(self) -> None:
         if self._steps is not None:
@@ -264,10 +330,17 @@ class Watch:
         if self._looks is not None:
             return
         layers = Layers(with_shape(self._model, "watch"))
-        steps = self._outlets.open(self._model, layers, self._schedule.about() | {"window": WINDOW})
+        steps = None if self._follows else self._open_log(layers)
         self.steps = self._began = self.steps if steps is None else steps
         self._looks = Looks(layers, Passes(self._outer, layers, self._guarded), self._events)
-        self._open_window()
+        if self._group is not None and self._ranks is None:
+            self._ranks = RankComparison(self._group, layers, self._schedule.every)
+        if not self._follows:
+            self._open_window()
+
+    def _open_log(self, layers: Layers) -> int | None:
+        about = {"window": WINDOW, **self._schedule.about()}
+        return self._outlets.open(self._model, layers, about, self._group)
 
     def _look(self) -> None:
         with self._schedule.looking("free"):
@@ -308,6 +381,8 @@ class Watch:
     def _finish(self) -> None:
         if self._looks is None:
             return
+        if self._ranks is not None:
+            self._note_ranks(self._ranks.finished())
         if len(self._window.ends) >= LEAST:
             self._look()
         elif self.steps > self._began and self._looks.last is None:
@@ -326,7 +401,11 @@ class Watch:
             self._steps.off()
         if self._looks is not None:
             self._looks.window.close()
-        self._outlets.close(self.steps, reason, self.cost)
+        if not self._follows:
+            self._outlets.close(self.steps, reason, self.cost)
+        if self._ranks is not None:
+            self._ranks.end()
+        self._ranks = None  # it keeps the store of the process group open
         self._looks = None  # a second start opens the log again
 
     def _tell_left_out(self) -> None:

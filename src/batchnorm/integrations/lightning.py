@@ -57,7 +57,8 @@ class BatchNormMonitor(Callback):
 
     Args:
         log_to_logger: Also send ``batchnorm/...`` to the trainer's loggers: minimum, median and maximum over layers.
-        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss``, ``sinks`` and
+            ``group``.
 
     Raises:
         ValueError: When fitting begins, if the model has no batch norm or an argument is out of range.

@@ -35,7 +35,8 @@ class BatchNormCallback(TrainerCallback):
             With ``load_best_model_at_end``, the best model is loaded before. Save the model afterwards: the Trainer's
             checkpoints are older.
         max_examples: Number of examples to recalibrate on; None for all.
-        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss``, ``sinks`` and
+            ``group``.
 
     Raises:
         ValueError: When training begins, if the model has no batch norm or an argument is out of range.

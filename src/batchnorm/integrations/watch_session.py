@@ -1,19 +1,23 @@
 """Session: one ``watch`` for each training, started and ended by the events of a framework.
 
 A framework can train several times with one callback, and most frameworks do not report a training that ends by an
-exception. If a watch is still open when the next training begins, it is ended at that time.
+exception. If a watch is still open when the next training begins, it is ended at that time. Frameworks call their
+callbacks on every rank; ``watch`` sees to it that there is one log, and that the ranks are compared.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, TypedDict, Unpack, final
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, final
 
 from torch import Tensor, nn
 
 from batchnorm.instruments import Sink, Watch, watch
 from batchnorm.instruments.probe_tier import Loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class WatchArguments(TypedDict, total=False):
@@ -25,6 +29,7 @@ class WatchArguments(TypedDict, total=False):
     probe: Any
     loss: Loss | None
     sinks: Iterable[Sink]
+    group: ProcessGroup | None
 
 
 @final

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from batchnorm.live.page_data import number, text
+from batchnorm.live.page_data import is_step, number, text
 from batchnorm.record import Log
 from batchnorm.record.log_entry import JsonValue
 
@@ -30,7 +31,20 @@ def status(log: Log) -> dict[str, JsonValue]:
         "state": state,
         "reason": reason,
         "damaged": log.damaged,
+        "measured_on": measured_on(log.start),
     }
+
+
+def measured_on(start: Mapping[str, JsonValue]) -> str:
+    """Whose batches a log describes, such as "rank 0 of 4"; "" if its training has one process."""
+    ranks, rank = start.get("ranks"), start.get("rank")
+    if not isinstance(ranks, list) or not is_step(rank):
+        return ""
+    synchronized, layers = number(start.get("synchronized")) or 0, start.get("layers")
+    shared = f"; all ranks in {synchronized:g} synchronized layers" if synchronized else ""
+    is_shared = isinstance(layers, list) and synchronized == len(layers)
+    others = len(ranks) if ranks == [*range(len(ranks))] else f"ranks {', '.join(map(str, ranks))}"
+    return f"all {len(ranks)} ranks" if is_shared else f"rank {rank} of {others}{shared}"
 
 
 def _updated(log: Log, progress: list[dict[str, JsonValue]]) -> float:

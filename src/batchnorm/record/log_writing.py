@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _ALIKE = ("name", "channels", "kind")  # equal in the log and in the model if the layer is the same
-_LOCKED = "another process or another watch writes to {folder}. Choose a new folder, or stop the other writer."
+_LOCKED = (
+    "another process or another watch writes to {folder}. Choose a new folder, or stop the other writer. If it is another "
+    "rank of the same training, call init_process_group before watch."
+)
 _open: WeakSet[Writer] = WeakSet()
 
 

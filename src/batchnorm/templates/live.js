@@ -48,6 +48,7 @@ function facts(status) {
     ["steps per second", status.rate === null ? MISSING : number(status.rate)],
     ["cost of looking", status.cost === null ? MISSING : `${number(100 * status.cost)} %`],
     ["last update", lastUpdate(status)],
+    ...(status.measured_on ? [["measured on", status.measured_on]] : []),
     ["events", events ? `! ${whole(events)}` : "✓ none"],
     ...(looksShown() ? [["looks shown", looksShown()]] : []),
     ...(status.damaged ? [["damaged lines", `! ${whole(status.damaged)}`]] : []),
