@@ -175,6 +175,9 @@ class Batches:
     A batch without rows is not cut, so the limit may be exceeded. Tensors that belong to the loader are copied, one
     batch at a time. Error messages name ``who`` as the caller.
 
+    If ``part`` is (i, n), n processes have a part of the data each, and this is part i. ``max_examples`` is then the
+    number of all of them, of which each has an equal share, and a part may have no batch.
+
     Raises:
         TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
         ValueError: If ``max_examples`` is below 1. A pass raises it if there is no batch, if the number of batches
@@ -188,8 +191,10 @@ class Batches:
         device: torch.device | None,
         *,
         who: str = "recalibrate",
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.who = who
+        index, self._parts = part
         if max_examples is not None:
             require_whole_number(max_examples, "max_examples", "Use None for all.")
         if max_examples is not None and max_examples < 1:
@@ -199,7 +204,7 @@ class Batches:
                 f"{who} needs an iterable of batches, got {kind_of(loader)}. "
                 "Pass a DataLoader, or a list of batches: [x]."
             )
-        self.max_examples = max_examples
+        self.max_examples = None if max_examples is None else len(range(index, max_examples, self._parts))
         self.device = device
         self.has_rows = True  # until ``batch_rows.settle`` finds otherwise
         self.given: Callable[[Batch], Batch] = _first_part  # the part of a batch that the model receives
@@ -219,7 +224,7 @@ class Batches:
         for batch in self._up_to_max(self.loader):
             yield each_leaf(batch, self._moved)
             count += 1
-        if not count and not self.count:
+        if not count and not self.count and self._parts == 1:
             raise ValueError(
                 f"{self.who} needs at least one batch, got an empty loader. Check the data set's length. "
                 "Pass list(loader) if it can be read only once."
@@ -233,7 +238,7 @@ class Batches:
 
     def to_be_cut(self) -> tuple[Batch, int] | None:
         """The batch in which the limit falls, and how many of its examples are used; None if no batch is cut."""
-        if (left := self.max_examples) is None:
+        if not (left := self.max_examples):
             return None
         for batch in self.loader:
             size = self._size_of(batch)
@@ -248,7 +253,8 @@ class Batches:
         if self.max_examples is None:
             yield from loader
             return
-        left = self.max_examples
+        if not (left := self.max_examples):
+            return
         for batch in loader:
             size = self._size_of(batch)
             may_cut = cut and self.has_rows and not why_without_rows(self.given(batch))

@@ -10,9 +10,14 @@ from torch import nn
 def to_eval(model: nn.Module) -> nn.Module:
     """Set a model to eval mode as far as possible, and return it.
 
+    DistributedDataParallel no longer broadcasts buffers before a forward: this process may run others than the rest.
+
     A program of ``torch.export`` has only the mode of its export, and keeps that mode. A module that raises an error
     for another reason, or has no training flag (``torch.jit.freeze``), is skipped; its children are set all the same.
     """
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module.require_forward_param_sync = False
     try:
         return model.eval()
     except (NotImplementedError, AttributeError, RuntimeError):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, final
 from batchnorm.argument_types import require_whole_number
 from batchnorm.moments import Moments
 from batchnorm.population.free_memory import free_memory
-from batchnorm.population.lock_step import LockStep, UnsuitedError, why_not
+from batchnorm.population.lock_step import LockStep, why_not
 from batchnorm.population.observation import InputMoments, Observation, execution_order
+from batchnorm.population.pool import UnsuitedError
 from batchnorm.population.stored_statistics import Statistics
 
 if TYPE_CHECKING:
@@ -74,15 +75,22 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
     Raises:
         ValueError: If a channel gets fewer than 2 finite values.
     """
-    stored = Statistics.of(observation.layers)
-    if not (why := "memory=0 lets no forward wait" if memory == 0 else why_not(observation.model)):
+    stored, pool = Statistics.of(observation.layers), observation.pool
+    if not pool.reason("memory=0 lets no forward wait" if memory == 0 else why_not(observation.model)):
         limit = int(free_memory(observation.batches.device) * _SHARE) if memory is None else memory
-        try:
-            return LockStep(observation, stored, limit).measure(finish), ""
-        except UnsuitedError as error:
-            why = str(error)
+        found, why = _in_lock_step(LockStep(observation, stored, limit), finish)
+        if not pool.reason(why):
+            return found, ""
         stored.put(observation.layers)
-    return _with_restarts(observation, finish), why
+    return _with_restarts(observation, finish), pool.reason("")
+
+
+def _in_lock_step(forwards: LockStep, finish: Finish) -> tuple[dict[str, InputMoments], str]:
+    """The moments, and "" if waiting has changed nothing; otherwise {} and the reason."""
+    try:
+        return forwards.measure(finish), ""
+    except UnsuitedError as error:
+        return {}, str(error)
 
 
 def _with_restarts(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
@@ -91,7 +99,7 @@ def _with_restarts(observation: Observation, finish: Finish) -> dict[str, InputM
     If any layer is called more than once in a forward, there are two passes for each layer. A sharded model's passes
     run to their end.
     """
-    traces = observation.run(lambda *_: None)
+    traces = observation.pool.orders(observation.run(lambda *_: None))
     order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}
     moments: dict[str, InputMoments] = {}
@@ -100,7 +108,8 @@ def _with_restarts(observation: Observation, finish: Finish) -> dict[str, InputM
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
             calls = 1 if first_only else most[path]
-            moments[path] = observation.with_inputs_of(path, InputMoments(), calls=calls)
+            own = observation.with_inputs_of(path, InputMoments(), calls=calls)
+            _, moments[path] = observation.pooled([path], own)
             observation.require_variance(path, moments[path].moments)
             finish(path, moments[path])
     return moments

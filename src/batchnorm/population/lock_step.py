@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from importlib.util import find_spec
+from operator import add
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from batchnorm.population.held_memory import HeldMemory
 from batchnorm.population.hooks import seeing
 from batchnorm.population.model_marks import HookMarks, ModelMarks
-from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
+from batchnorm.population.observation import EndForward, InputMoments, Observation
+from batchnorm.population.pool import Place, UnsuitedError
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state, random_state
 from batchnorm.population.stored_statistics import Statistics
@@ -47,10 +49,6 @@ if TYPE_CHECKING:
 
 _BATCHES_CHECKED = 2  # number of batches that run again without waiting
 _SAMPLE = 1024  # least number of values of an input, if it has as many, that are compared one by one
-
-
-class UnsuitedError(Exception):
-    """This model's forwards may not wait; the message says why, as the end of a sentence."""
 
 
 def why_not(model: nn.Module) -> str:
@@ -158,8 +156,6 @@ class LockStep:
                     break
                 view.examples += examples_in(batch) or 0
                 self._start(index, batch)
-        if self._has_rest:
-            self._order = self._traced_order()
 
     def _start(self, index: int, batch: Batch) -> None:
         forward = _Forward(index)
@@ -234,32 +230,48 @@ class LockStep:
             raise EndForward
 
     def _go_on(self, finish: Finish) -> None:
-        while (path := self._next()) is not None:
-            waiting = [forward for forward in self._forwards if forward.at == path]
-            moments = InputMoments()
-            for forward in waiting:  # in the order of the loader
-                moments += forward.part
-            moments = self._with_rest(path, moments)
+        while (layer := self._next()) is not None:
+            path, moments = layer
             self._view.require_variance(path, moments.moments)
             finish(path, moments)
             self._finished[path] = moments
-            for forward in waiting:
+            for forward in [each for each in self._forwards if each.at == path]:
                 self._resume(forward)
 
-    def _next(self) -> str | None:
-        """The layer to measure next: every forward that reaches it waits there, or will be restarted."""
-        waited_at = dict.fromkeys(forward.at for forward in self._forwards if forward.at is not None)
-        if self._order is None and len(waited_at) > 1:
+    def _next(self) -> tuple[str, InputMoments] | None:
+        """The layer to measure next and the moments of its inputs; None if no forward waits.
+
+        Every forward, of all processes, that reaches this layer waits there, or will be restarted.
+        """
+        if self._order is None:
+            own = self._places()
+            places, moments = self._view.pooled(own, self._waiting_at(own[0]) if len(own) == 1 else InputMoments())
+            if not places:
+                return None
+            if len(places) == 1 and places[0] is not None:
+                return places[0], moments
             self._order = self._traced_order()
-        candidates = waited_at if self._order is None else self._order
-        return next((path for path in candidates if path not in self._finished), None)
+        path = next((path for path in self._order if path not in self._finished), None)
+        if path is None:
+            return None
+        return path, self._view.pooled([path], self._with_rest(path, self._waiting_at(path)))[1]
+
+    def _places(self) -> list[Place]:
+        """The layers at which forwards wait; with None if some forwards do not wait."""
+        waited_at: list[Place] = [forward.at for forward in self._forwards if forward.at is not None]
+        return list(dict.fromkeys([*waited_at, None] if self._has_rest else waited_at))
+
+    def _waiting_at(self, path: Place) -> InputMoments:
+        """The moments of a layer's inputs from the forwards that wait there, in the order of the loader."""
+        parts = [forward.part for forward in self._forwards if path is not None and forward.at == path]
+        return reduce(add, parts, InputMoments())
 
     def _traced_order(self) -> list[str]:
         """The execution order over all forwards under the stored statistics, from one more pass."""
         current = Statistics.of(self._view.layers)
         self._stored.put(self._view.layers)
         with self._without_waiting():
-            order = execution_order(self._view.run(lambda *_: None))
+            order = self._view.order(self._view.run(lambda *_: None))
         current.put(self._view.layers)
         return order
 

@@ -22,6 +22,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import named_absences
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.hooks import seeing
+from batchnorm.population.pool import Place, Pool
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.stored_statistics import buffers
@@ -72,6 +73,11 @@ class InputMoments:
         moments = Moments(torch.where(finite, all_.count, 0.0), all_.mean, all_.m2)
         return cls(moments, int(finite.any()), 1, ~finite, values)
 
+    def to(self, device: torch.device | str) -> InputMoments:
+        """The same on another device."""
+        left_out = self.left_out.to(device) if isinstance(self.left_out, Tensor) else self.left_out
+        return InputMoments(self.moments.to(device), self.inputs, self.spoiled, left_out, self.values)
+
     def __add__(self, new: InputMoments) -> InputMoments:
         """Moments of both; the order changes the last bits."""
         return InputMoments(
@@ -94,7 +100,8 @@ class Observation:
         layers: The observed layers, by path.
         batches: The batches, repeated for each pass, each time from the same random state.
         forward: Called with the model and a batch.
-        examples: Number of examples in the batches of the last pass, skipped ones included.
+        pool: The processes whose batches count together.
+        examples: Number of examples in this process's batches of the last pass, skipped ones included.
     """
 
     who: str
@@ -102,6 +109,7 @@ class Observation:
     layers: Layers
     batches: Batches
     forward: Forward = call
+    pool: Pool = field(default_factory=Pool)
     examples: int = 0
 
     def run(self, look: Look, *, skip: int = 0) -> list[tuple[str, ...]]:
@@ -115,15 +123,18 @@ class Observation:
         trace: list[str] = []
         traces: dict[tuple[str, ...], None] = {}
         self.examples = 0
+        counts = True
 
         def see(path: str, _: nn.Module, x: Tensor) -> None:
             trace.append(path)
             entered[path] += 1
-            look(path, x, entered[path] - 1)
+            if counts:
+                look(path, x, entered[path] - 1)
 
         with seeing(self.layers, see, without_padding=True), preserve_random_state(*self.batches.generators):
-            for index, batch in enumerate(self.batches):
-                self.examples += examples_in(batch) or 0
+            in_step = self.pool.in_step(self.batches, is_collective=is_sharded(self.model))
+            for index, (batch, counts) in enumerate(in_step):
+                self.examples += counts * (examples_in(batch) or 0)
                 if index < skip:
                     continue
                 trace.clear()
@@ -169,7 +180,19 @@ class Observation:
             moments[path] = moments.get(path, InputMoments()) + new
             store(path, new)
 
-        return {path: moments[path] for path in execution_order(self.run(look))}
+        order = self.order(self.run(look))
+        return {path: self.pooled([path], moments.get(path, InputMoments()))[1] for path in order}
+
+    def order(self, traces: list[tuple[str, ...]]) -> list[str]:
+        """The execution order over the forwards of all processes; ``traces`` are those of this process."""
+        return execution_order(self.pool.orders(traces))
+
+    def pooled(self, places: list[Place], own: InputMoments) -> tuple[list[Place], InputMoments]:
+        """As ``Pool.merged``, with the moments on the layer's device."""
+        everywhere, moments = self.pool.merged(places, own)
+        if len(everywhere) != 1 or (path := everywhere[0]) is None:
+            return everywhere, moments
+        return everywhere, moments.to(buffers(self.layers[path])[0].device) if self.pool.is_shared else moments
 
     def require_variance(self, path: str, moments: Moments) -> None:
         """Refuse moments of too few values for a variance.
@@ -211,7 +234,8 @@ class Observation:
             message = f"no forward reached {paths}: they keep their statistics. Give {remedy}."
             warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
         spoiled = [
-            f"{path!r} (inputs: {each.spoiled}, channels: {int(each.left_out.sum())} of {each.left_out.numel()})"
+            f"{path!r}{self.pool.where_spoiled(path)} (inputs: {each.spoiled}, "
+            f"channels: {int(each.left_out.sum())} of {each.left_out.numel()})"
             for path, each in found.items()
             if isinstance(each.left_out, Tensor)
         ]

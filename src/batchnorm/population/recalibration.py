@@ -12,10 +12,10 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from batchnorm.argument_types import require_callable, require_flag
 from batchnorm.layers import batch_norms
@@ -25,16 +25,21 @@ from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
+from batchnorm.population.fingerprint import fingerprint
 from batchnorm.population.freezing import statistics_of
 from batchnorm.population.layer_by_layer import LayerMoments, measured, require_memory
 from batchnorm.population.observation import InputMoments, Observation
+from batchnorm.population.pool import Pool
+from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_state
 from batchnorm.population.stored_statistics import buffers, open_layers, put, store
 from batchnorm.population.tensor_memory import require
+from batchnorm.processes import group_named, is_alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch.distributed import ProcessGroup
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.call_types import Batch
@@ -50,6 +55,7 @@ def recalibrate(
     device: torch.device | str | None = None,
     exact: bool = True,
     memory: int | None = None,
+    group: ProcessGroup | Literal["all"] | None = None,
 ) -> LayerMoments:
     """Replace stored statistics by those of the given data; return the moments of each layer's input, by dotted path.
 
@@ -82,6 +88,17 @@ def recalibrate(
     3, PreciseBN). The first layer gets the same result as with ``exact=True``. Inputs of later layers have the noise of
     batch statistics, so the results of these layers depend on the batch size and are biased for small batches.
 
+    With ``group`` the data are those of all its ranks. Every rank must call this, with its own loader, and the result
+    is that of one process with all batches, to rounding: for each layer the moments of all ranks are
+    merged in float64 in rank order, so all ranks store the same bits. Loaders may differ in length and batch size, and
+    may be empty if another one is not. The ranks compare settings, layers, parameters and buffers first. An error, or
+    Ctrl-C, on one rank raises an error on all, and every model stays bit-identical. If a rank ends or hangs, the others
+    raise an error, on gloo within the group's timeout. Memory is per rank; if one rank cannot pause its forwards, all
+    restart theirs. Without ``group`` a process waits for no other.
+
+    A forward of a sharded model (FSDP) takes all ranks, so ranks with fewer batches repeat their first batch, which
+    does not count. Each rank needs a batch, the group must be that of the shards, and ``max_examples`` cuts no batch.
+
     Args:
         model: The model; only its stored statistics are changed, in place.
         loader: Batches. A tensor is passed to the model. From a tuple or list the model gets the first element, or as
@@ -93,9 +110,10 @@ def recalibrate(
             allows two of these ways, the second is tried when the first raises an AttributeError, TypeError, ValueError
             or LookupError. Anything else is passed whole. Tensors are moved to the model's device, batch objects by
             their ``to``.
-        max_examples: Stop after this many examples; the last batch is cut to its first rows. It is used whole if its
-            tensors have different first axes, or if the model's outputs for the first rows alone are not those that
-            these rows get within the whole batch.
+        max_examples: Stop after this many examples. With a ``group`` this is the number of all ranks: each uses an
+            equal share, and other ranks do not replace what one lacks. The last batch is cut to its first rows. It is
+            used whole if its tensors have different first axes, or if the model's outputs for the first rows alone are
+            not those that these rows get within the whole batch.
         forward: Called as ``forward(model, batch)`` instead of the rules above.
         device: Device to which batches are moved; by default that of the model's first parameter or buffer that is not
             on the meta device.
@@ -103,6 +121,9 @@ def recalibrate(
         memory: Most bytes of memory for paused forwards; None for half of the free memory on the device. If they do not
             fit, the remaining batches run again for each layer; 0 runs all batches again. The result is the same, bit
             for bit.
+
+        group: The processes whose data count: "all", or a ``ProcessGroup`` such as torch.distributed.group.WORLD; None
+            for this process alone. "all" without an initialized process group is this process alone.
 
     Returns:
         Moments of each measured layer, float64, in execution order, by dotted path; ``restarted`` says why forwards
@@ -114,12 +135,16 @@ def recalibrate(
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
             buffer's dtype, ``max_examples`` is below 1, or is given and a batch contains no tensors by which to count
             examples, a second pass over ``loader`` gives another number of batches, ``memory`` is negative, or tensors
-            that a pass needs have no values here (sharded, freed, fake, on the meta device).
+            that a pass needs have no values here (sharded, freed, fake, on the meta device); if the process is not in
+            ``group``, or is in none.
+        RuntimeError: On every rank, if models or settings differ between the ranks; on the others, if one rank has an
+            error; if an exchange fails.
 
     Warns:
         RuntimeWarning: By path, about layers that no forward reached (they keep their statistics), about batch norm
             that is not a layer (scripted, exported, called as a function), and about batches with NaN or infinity
-            (excluded, as a whole, for the affected channels). If there is no layer to measure, it says so, and why.
+            (excluded, as a whole, for the affected channels), with the ranks that have them. If there is no layer to
+            measure, it says so, and why. If there are several processes and no ``group``, it says whose data count.
 
     Example:
         >>> import torch
@@ -129,29 +154,41 @@ def recalibrate(
         >>> model[0].running_var
         tensor([13.])
     """
-    require_real(model, "recalibrate")
-    require_flag(exact, "exact")
-    require_memory(memory)
-    if forward is not None:
-        require_callable(forward, "recalibrate needs a function forward(model, batch)", "Or leave it out.")
-    batches = Batches(loader, max_examples, device_of(model) if device is None else torch.device(device))
-    layers = open_layers(model, {**batch_norms(model), **live_layers(model)}, "recalibrate")
-    if not layers:
-        _warn_of_nothing(model)
-        return LayerMoments()
-    require(statistics_of(layers), "recalibrate")
-    view = Observation("recalibrate", model, layers, batches, forward or call)
-    with preserve_state(model), torch.no_grad(), uncompiled():
-        to_eval(model)
-        settle(batches, model, forward)
-        moments, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
-    view.warn(moments, "batches, or a forward=, that use them", stacklevel=2)
-    if no_layers := out_of_reach(model):
-        reasons = as_sentence(no_layers)
-        warnings.warn(f"recalibrate did not reach all batch norm: {reasons}.", RuntimeWarning, stacklevel=2)
+    pool = Pool(group_named(group))
+    with pool.all_or_none():
+        require_real(model, "recalibrate")
+        require_flag(exact, "exact")
+        require_memory(memory)
+        if forward is not None:
+            require_callable(forward, "recalibrate needs a function forward(model, batch)", "Or leave it out.")
+        at = device_of(model) if device is None else torch.device(device)
+        batches = Batches(loader, max_examples, at, part=pool.part)
+        layers = open_layers(model, {**batch_norms(model), **live_layers(model)}, "recalibrate")
+        require(statistics_of(layers), "recalibrate")
+        if pool.is_shared:
+            pool.require_same(fingerprint(model, layers, {"exact": bool(exact), "max_examples": max_examples}))
+        view = Observation("recalibrate", model, layers, batches, forward or call, pool)
+        moments, restarted = _measured(view, forward, memory, exact=exact) if layers else ({}, "")
+        _warn(view, moments, has_all_data=group is not None or is_alone(), stacklevel=2)
     with torch.no_grad():
         put(chain.from_iterable(_new_values(layers[path], each) for path, each in moments.items()))
     return LayerMoments(moments, restarted)
+
+
+def _measured(
+    view: Observation, forward: Forward | None, memory: int | None, *, exact: bool
+) -> tuple[dict[str, InputMoments], str]:
+    """The moments of all layers, and why forwards were restarted; afterwards the model is as it was."""
+    with preserve_state(view.model), torch.no_grad(), uncompiled():
+        to_eval(view.model)
+        if view.pool.is_shared and is_sharded(view.model):
+            view.batches.has_rows = False  # only some ranks have a batch to cut, and a forward needs all
+        else:
+            settle(view.batches, view.model, forward)
+        moments, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
+    if not moments:
+        view.pool.require_batches(view.batches.count or 0)
+    return moments, restarted
 
 
 def _finish(view: Observation, path: str, found: InputMoments) -> None:
@@ -182,10 +219,25 @@ def _new_values(layer: _BatchNorm, found: InputMoments) -> list[tuple[Tensor, Te
     return values if counter is None else [*values, (counter, torch.tensor(found.inputs))]
 
 
-def _warn_of_nothing(model: nn.Module) -> None:
-    warnings.warn(
-        "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
-        f"Unfreeze its layers, or leave the call out.{unreached(model)}",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+def _warn(view: Observation, found: dict[str, InputMoments], *, has_all_data: bool, stacklevel: int) -> None:
+    """Warn about all that the result lacks, such as the data of other processes."""
+    if not view.layers:
+        message = (
+            "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
+            f"Unfreeze its layers, or leave the call out.{unreached(view.model)}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
+        return
+    view.warn(found, "batches, or a forward=, that use them", stacklevel=stacklevel + 1)
+    if no_layers := out_of_reach(view.model):
+        reasons = as_sentence(no_layers)
+        message = f"recalibrate did not reach all batch norm: {reasons}."
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
+    if not has_all_data:
+        message = (
+            f"recalibrate measured the data of rank {distributed.get_rank()} alone, one of "
+            f"{distributed.get_world_size()} processes; the other ranks did not take part. Call it on every rank with "
+            'group="all" for the statistics of the data of all ranks. If one rank has all the data, '
+            "batchnorm.broadcast_statistics(model) then gives its statistics to the others."
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)

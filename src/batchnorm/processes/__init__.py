@@ -8,8 +8,14 @@ Before its first exchange a layer compares itself with the layers that the other
 exchange that fails names the layer and the ranks (``failures``).
 """
 
-from batchnorm.processes.exchange import Exchange, TooFewValuesError, alone, exchange_of, group_of
-from batchnorm.processes.membership import NamedGroup, check_process_group, is_synchronized, ranks_in_words
+from batchnorm.processes.exchange import Exchange, TooFewValuesError, alone, exchange_of, group_of, is_alone
+from batchnorm.processes.membership import (
+    NamedGroup,
+    check_process_group,
+    group_named,
+    is_synchronized,
+    ranks_in_words,
+)
 
 __all__ = [
     "Exchange",
@@ -18,7 +24,9 @@ __all__ = [
     "alone",
     "check_process_group",
     "exchange_of",
+    "group_named",
     "group_of",
+    "is_alone",
     "is_synchronized",
     "ranks_in_words",
 ]

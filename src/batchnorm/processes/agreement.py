@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchnorm.processes.collectives import gathered
 from batchnorm.processes.layer_names import path_of
-from batchnorm.processes.membership import members
+from batchnorm.processes.membership import members, values_by_rank
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,14 +82,9 @@ def layer_in_group(layer: nn.Module, group: ProcessGroup) -> LayerInGroup:
 
 def about_difference(ranks: list[int], texts: list[str]) -> str:
     """The error, the same on every rank, for layers that differ; ``texts`` describes the layer of each rank."""
-    by_text: dict[str, list[int]] = {}
-    for rank, text in zip(ranks, texts, strict=True):
-        by_text.setdefault(text, []).append(rank)
-    got = "; ".join(
-        f"{text} on rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for text, each in by_text.items()
-    )
     return (
-        f"synchronized layers need the same layer on every rank of their group, got {got}. Build the same model on "
+        "synchronized layers need the same layer on every rank of their group, got "
+        f"{values_by_rank(ranks, texts)}. Build the same model on "
         "every rank, and call its layers in the same order; batchnorm.check_replicas(model) lists what differs."
     )
 

@@ -73,6 +73,13 @@ def alone() -> Iterator[None]:
         _is_alone.reset(token)
 
 
+def is_alone() -> bool:
+    """Whether the code runs inside of ``alone``, or there is no other process."""
+    if _is_alone.get() or not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_world_size() == 1
+
+
 def group_of(layer: Any) -> Any:
     """The process group whose batches a call of the layer is normalized with; None if the batch is alone.
 

@@ -1,4 +1,4 @@
-"""Failed exchanges: the error names the layer, and the ranks that did not tell the group's store of a failure."""
+"""Failed exchanges: the error says what they were for, and names ranks that did not report a failure to the store."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ if TYPE_CHECKING:
 _SECONDS = 1.0  # how long a rank waits for the reports of the others
 
 
-def about_failure(group: ProcessGroup, name: str, direction: str, error: Exception) -> str:
+def about_failure(group: ProcessGroup, need: str, suspicion: str, error: Exception) -> str:
     """The text of the error of a rank whose collective failed.
 
     Args:
         group: The process group.
-        name: The layer.
-        direction: "forward" or "backward".
+        need: What needs which numbers of the group's ranks, as the start of a sentence.
+        suspicion: What a silent rank may do other than to end or hang, as words that follow "it has ended, hangs,".
         error: What the backend raised.
     """
     ranks, rank = members(group), distributed.get_rank()
     return (
-        f"{name} needs the moments of ranks {', '.join(map(str, ranks))} in its {direction} pass, and on rank {rank} "
-        f"the exchange failed. {_about_reports(ranks, rank, name, group)} Look first at the output of a rank that did "
-        "not report: it has ended, hangs, is in eval mode, or runs other layers (batchnorm.check_replicas compares "
-        "them). If it only is slow, allow more time: init_process_group(timeout=...). "
-        f"The backend says: {str(error).strip()}"
+        f"{need}, and on rank {rank} the exchange failed. {_about_reports(ranks, rank, need, group)} Look first at the "
+        f"output of a rank that did not report: it has ended, hangs, {suspicion}. If it only is slow, allow more time: "
+        f"init_process_group(timeout=...). The backend says: {str(error).strip()}"
     )
 
 
-def _about_reports(ranks: list[int], rank: int, name: str, group: ProcessGroup) -> str:
+def _about_reports(ranks: list[int], rank: int, need: str, group: ProcessGroup) -> str:
     """Which ranks told the store within ``_SECONDS`` that an exchange of theirs failed too."""
     try:
         store = distributed.distributed_c10d._get_default_store()
         keys = {each: f"batchnorm/failed/{group.group_name}/{each}" for each in ranks}
-        store.set(keys[rank], name)
+        store.set(keys[rank], need)
         silent = _silent(store, keys)
     except (RuntimeError, ValueError):
         return "The store of the process group cannot be reached: the process that hosts it, mostly rank 0, has ended."

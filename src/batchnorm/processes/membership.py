@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, final
 from torch import distributed, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
 
 
@@ -32,6 +34,41 @@ def check_process_group(group: object) -> None:
         )
     if distributed.is_initialized() and distributed.get_rank(group) < 0:
         raise ValueError(_about_outsider(f"a group of {ranks_in_words(group)}"))
+
+
+def group_named(group: object) -> ProcessGroup | None:
+    """The process group that an argument ``group`` names: "all" is that of all processes.
+
+    None if the argument is None, or "all" without an initialized process group.
+
+    Raises:
+        TypeError: If it is neither "all", nor a ``ProcessGroup``, nor None.
+        ValueError: If it is another word, if this rank is not in the group, or if no process group is initialized.
+    """
+    is_running = distributed.is_available() and distributed.is_initialized()
+    if isinstance(group, str):
+        if group != "all":
+            raise ValueError(f'group must be "all", a ProcessGroup or None, got {group!r}. Use "all" for all ranks.')
+        return distributed.group.WORLD if is_running else None
+    check_process_group(group)
+    if group is not None and not is_running:
+        raise ValueError("group needs an initialized process group. Call init_process_group first, or leave it out.")
+    return group.resolved() if isinstance(group, NamedGroup) else group  # type: ignore[return-value]
+
+
+def ranks_of(group: ProcessGroup | None, caller: str) -> list[int]:
+    """The ranks of a group, None being that of all processes; [0] without a process group.
+
+    Raises:
+        TypeError: If ``group`` is no process group.
+        ValueError: If there is a group, but no initialized process group, or this rank is not in the group.
+    """
+    check_process_group(group)
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_process_group_ranks(group)
+    if group is not None:
+        raise ValueError(f"{caller} needs an initialized process group. Call init_process_group first.")
+    return [0]
 
 
 def _about_outsider(got: str) -> str:
@@ -60,6 +97,19 @@ def ranks_in_words(group: Any) -> str:
         return f"ranks {', '.join(map(str, members(group)))}"
     except (KeyError, RuntimeError, ValueError):
         return f"<a destroyed {type(group).__name__}>"
+
+
+def values_by_rank(ranks: Sequence[int], values: Sequence[str]) -> str:
+    """What each rank has, in words, such as "True on ranks 0, 2; False on rank 1"."""
+    by_value: dict[str, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        by_value.setdefault(value, []).append(rank)
+    return "; ".join(f"{value} on {ranks_as_words(each)}" for value, each in by_value.items())
+
+
+def ranks_as_words(ranks: Sequence[int]) -> str:
+    """Ranks in words, such as "rank 1" or "ranks 0, 2"."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @final

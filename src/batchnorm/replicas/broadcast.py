@@ -7,7 +7,8 @@ from torch import Tensor, distributed, nn
 
 from batchnorm.argument_types import require_whole_number
 from batchnorm.population.tensor_memory import write
-from batchnorm.replicas.descriptions import STORED, bits, described, layers_of, of_all_ranks, ranks_of
+from batchnorm.processes.membership import ranks_of
+from batchnorm.replicas.descriptions import STORED, bits, compared, described, layers_of
 from batchnorm.replicas.differences import Replicas, differences
 
 
@@ -50,7 +51,7 @@ def broadcast_statistics(model: nn.Module, src: int = 0, group: torch.distribute
 def _require_same_shapes(
     ranks: list[int], layers: dict[str, nn.Module], group: torch.distributed.ProcessGroup | None
 ) -> None:
-    of_ranks = of_all_ranks(described(layers, with_bits=False), ranks, group)
+    of_ranks = compared(described(layers, with_bits=False), ranks, group, "broadcast_statistics")
     found = tuple(each for each in differences(of_ranks) if each.what != "class")
     absent = [(p.path, name, c.absence) for own in of_ranks for p in own for name, c in p.tensors.items() if c.absence]
     if found:

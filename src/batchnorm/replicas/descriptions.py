@@ -6,12 +6,13 @@ import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from batchnorm.argument_types import require_module
 from batchnorm.model_wrappers import unwrapped
 from batchnorm.population.tensor_memory import absence
-from batchnorm.processes import check_process_group
+from batchnorm.processes import group_named
+from batchnorm.processes.collectives import of_all_ranks
 from batchnorm.surgery.replacement import find
 
 if TYPE_CHECKING:
@@ -54,21 +55,6 @@ class Description(NamedTuple):
     tensors: dict[str, Content]
 
 
-def ranks_of(group: ProcessGroup | None, caller: str) -> list[int]:
-    """The ranks of a group; [0] without a process group.
-
-    Raises:
-        TypeError: If ``group`` is no process group.
-        ValueError: If there is a group, but no initialized process group, or this rank is not in the group.
-    """
-    check_process_group(group)
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_process_group_ranks(group)
-    if group is not None:
-        raise ValueError(f"{caller} needs an initialized process group. Call init_process_group first.")
-    return [0]
-
-
 def layers_of(model: nn.Module, caller: str) -> dict[str, Any]:
     """The batch norm layers of a model by path, without the wrappers around the model."""
     require_module(model, caller)
@@ -107,10 +93,11 @@ def bits(tensor: Tensor) -> Tensor:
     return local.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def of_all_ranks(value: object, ranks: list[int], group: ProcessGroup | None) -> list[Any]:
-    """The values of all ranks, of any size, in rank order; every rank must call this."""
-    if len(ranks) == 1:
-        return [value]
-    values: list[object] = [None] * len(ranks)
-    distributed.all_gather_object(values, value, group=group)
-    return values
+def compared(value: object, ranks: list[int], group: ProcessGroup | None, caller: str) -> list[Any]:
+    """The values of all ranks, of any size, in rank order; every rank must call this.
+
+    Raises:
+        RuntimeError: If the exchange fails.
+    """
+    everyone = group_named("all" if group is None else group)
+    return [value] if len(ranks) == 1 or everyone is None else of_all_ranks(value, everyone, caller, "the layers")

@@ -10,7 +10,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.replicas.descriptions import Content, Description, described, layers_of, of_all_ranks, ranks_of
+from batchnorm.processes.membership import ranks_as_words, ranks_of, values_by_rank
+from batchnorm.replicas.descriptions import Content, Description, compared, described, layers_of
 
 
 @final
@@ -56,16 +57,13 @@ class Replicas:
         return not self.differences and not self.unchecked
 
     def __str__(self) -> str:
-        ranks = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
-        head = f"{self.count} batch norm layers on {ranks}: {len(self.differences) or 'no'} differences"
+        ranks, different = ranks_as_words(self.ranks), len(self.differences) or "no"
+        head = f"{self.count} batch norm layers on {ranks}: {different} differences"
         lines = [f"  {self._line(each)}" for each in self.differences]
         return "\n".join([head, *lines, *(f"  not compared: {each}" for each in self.unchecked)])
 
     def _line(self, difference: Difference) -> str:
-        by_value: dict[str, list[str]] = {}
-        for rank, value in zip(self.ranks, difference.values, strict=True):
-            by_value.setdefault(value, []).append(str(rank))
-        values = "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(r)}" for value, r in by_value.items())
+        values = values_by_rank(self.ranks, difference.values)
         largest = "" if difference.largest is None else f", by up to {difference.largest:.3g}"
         return f"{f'{difference.layer!r} ' if difference.layer else ''}{difference.what}: {values}{largest}"
 
@@ -92,12 +90,12 @@ def check_replicas(model: nn.Module, group: torch.distributed.ProcessGroup | Non
     """
     ranks = ranks_of(group, "check_replicas")
     layers = layers_of(model, "check_replicas")
-    of_ranks = of_all_ranks(described(layers, with_bits=True), ranks, group)
+    of_ranks = compared(described(layers, with_bits=True), ranks, group, "check_replicas")
     found = [*differences(of_ranks)]
     unequal = [(each.layer, each.what) for each in found if each.largest is not None]
     if unequal:  # the same list on all ranks
         own = {key: getattr(layers[key[0]], key[1]).detach().cpu() for key in unequal}
-        tensors = of_all_ranks(own, ranks, group)
+        tensors = compared(own, ranks, group, "check_replicas")
         found = [_measured(each, [by_key.get((each.layer, each.what)) for by_key in tensors]) for each in found]
     return Replicas(tuple(ranks), len(of_ranks[0]), tuple(found), tuple(_unchecked(of_ranks, ranks)))
 

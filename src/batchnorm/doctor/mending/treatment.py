@@ -38,6 +38,7 @@ from batchnorm.population import freeze, recalibrate, unfreeze
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import rereadable
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.processes import alone
 from batchnorm.rules import RULES
 from batchnorm.rules.bn1_stale_statistics import RESIDUE, USUAL_MOMENTUM
 from batchnorm.rules.finding import Finding, Fix
@@ -212,7 +213,8 @@ def _measure(model: nn.Module, sick: set[str], data: Iterable[object]) -> None:
             unfreeze(layer)
         elif has_stored_statistics(layer):
             freeze(layer)
-    measured = recalibrate(patient, data)
+    with alone():
+        measured = recalibrate(patient, data)
     layers, copies = batch_norms(model), batch_norms(patient)
     with torch.no_grad():
         for path in measured:

@@ -1,0 +1,50 @@
+"""The fingerprint of a measurement: the model and the settings on which measured statistics depend, thing by thing."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.stored_statistics import buffers
+from batchnorm.population.tensor_memory import digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from batchnorm.population.stored_statistics import Layers
+
+_COUNTER = "num_batches_tracked"  # no output depends on it
+
+
+def fingerprint(model: nn.Module, layers: Layers, settings: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """A description and a digest of each thing on which the measured statistics depend, by its name in messages.
+
+    These are the settings, the measured layers, and all parameters and buffers. The stored statistics of measured
+    layers do not count, since they are replaced, and neither do counters of batches. If the model is sharded, the bits
+    of parameters do not count, because every rank has other parts.
+    """
+    replaced = {id(tensor) for layer in layers.values() for tensor in buffers(layer)}
+    without_bits = {name for name, _ in model.named_parameters()} if is_sharded(model) else ()
+    tensors = {
+        name: tensor
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        if id(tensor) not in replaced and name.rpartition(".")[2] != _COUNTER
+    }
+    return {
+        **{name: (repr(value), "") for name, value in settings.items()},
+        **{f"layer {path!r}": (_layer_in_words(layer), "") for path, layer in layers.items()},
+        **{repr(name): ("" if name in without_bits else _in_words(t), digest_of({name: t}, without_bits))
+           for name, t in tensors.items()},
+    }  # fmt: skip
+
+
+def _layer_in_words(layer: nn.Module) -> str:
+    mean = buffers(layer)[0]  # type: ignore[arg-type]
+    return f"{type(layer).__name__} of {_in_words(mean)}, eps={getattr(layer, 'eps', None)}"
+
+
+def _in_words(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

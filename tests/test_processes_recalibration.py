@@ -1,0 +1,128 @@
+"""``recalibrate`` over the ranks of a group: the checks of ``rank_recalibration``, and ranks that end or hang."""
+
+from __future__ import annotations
+
+import json
+
+import forked
+import pytest
+import rank_recalibration
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import batchnorm as bn
+
+RUN = "import rank_recalibration; rank_recalibration.main()"
+PAIRS = [(world, name) for name, (_, worlds) in rank_recalibration.CHECKS.items() for world in worlds]
+
+
+@pytest.fixture(scope="session")
+def told() -> dict[int, list[dict[str, list]]]:
+    """What the ranks of each world said, which run all their checks in one start: [rank][check] = "ok" or "failed"."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), PAIRS)
+def test_on_every_rank(world: int, name: str, told: dict[int, list[dict[str, list]]]) -> None:
+    if world not in told:
+        ranks = forked.run_world(RUN, world=world)
+        told[world] = [json.loads(r.stdout) if r.stdout else {name: ["failed", r.stderr[-2000:]]} for r in ranks]
+    assert [rank[name][0] for rank in told[world]] == ["ok"] * world, [rank[name][1] for rank in told[world]]
+
+
+FAULTY = """
+    import json, os, signal, sys, time, torch, torch.distributed as dist
+    from datetime import timedelta
+    import batchnorm as bn
+    from rank_recalibration import data, network, shards
+
+    kind, faulty, call, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+    model, calls, began = network(), 0, time.monotonic()
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+
+    def forward(model, batch):
+        global calls
+        calls += 1
+        if calls == call and dist.get_rank() == faulty:
+            if kind == "hang":
+                time.sleep(8)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return model(batch)
+
+    try:
+        bn.recalibrate(model, shards(data())[dist.get_rank()], forward=forward, memory=memory, group="all")
+    except RuntimeError as error:
+        same = all(a.equal(b) for a, b in zip(before, model.state_dict().values(), strict=True)) and model.training
+        print(json.dumps([time.monotonic() - began, same, str(error)]), flush=True)
+    os._exit(0)
+"""
+FAULTS = [("kill", 0, 3, None), ("kill", 2, 1, None), ("kill", 1, 12, 0), ("hang", 1, 2, None), ("hang", 2, 7, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "faulty", "call", "memory"), FAULTS)
+def test_if_a_rank_ends_or_hangs_all_others_raise_an_error_and_keep_their_model(
+    kind: str, faulty: int, call: int, memory: int | None
+) -> None:
+    ranks = forked.run_world(FAULTY, kind, str(faulty), str(call), json.dumps(memory), world=3)
+    for rank, process in enumerate(ranks):
+        if rank == faulty:
+            assert not process.stdout
+            continue
+        assert process.stdout, process.stderr
+        seconds, same, text = json.loads(process.stdout)
+        assert same
+        assert text.startswith("recalibrate needs ")
+        assert f"of ranks 0, 1, 2, and on rank {rank} the exchange failed" in text
+        if (kind, faulty) == ("kill", 0):  # it had the store
+            assert "The store of the process group cannot be reached" in text
+        else:
+            assert f"Rank {faulty} did not report a failure" in text
+        assert seconds < 2 * 4 + 3  # a gloo wait that another rank's failure ended, the timeout, and reports
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one process."""
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", world_size=1, rank=0)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_process_is_that_process(one_process: None) -> None:
+    x = torch.randn(20, 3)
+    models = [nn.Sequential(nn.BatchNorm1d(3)) for _ in range(3)]
+    for model, group in zip(models, [None, "all", dist.group.WORLD], strict=True):
+        bn.recalibrate(model, [x[:9], x[9:]], group=group)
+    assert all(model[0].running_var.equal(models[0][0].running_var) for model in models)
+
+
+def test_all_ranks_without_a_process_group_are_this_process() -> None:
+    layer = nn.BatchNorm1d(3)
+    bn.recalibrate(layer, [torch.randn(20, 3)], group="all")
+    assert layer.num_batches_tracked == 1
+    with pytest.raises(ValueError, match="needs at least one batch, got an empty loader"):
+        bn.recalibrate(layer, [], group="all")
+
+
+def test_what_is_no_group_is_refused() -> None:
+    layer, batches = nn.BatchNorm1d(3), [torch.randn(20, 3)]
+    with pytest.raises(ValueError, match="group must be \"all\", a ProcessGroup or None, got 'world'"):
+        bn.recalibrate(layer, batches, group="world")
+    for wrong in (0, [0, 1], True):
+        with pytest.raises(TypeError, match=r"must be a ProcessGroup of torch\.distributed or None, got"):
+            bn.recalibrate(layer, batches, group=wrong)
+    with pytest.raises(ValueError, match="must contain this process"):
+        bn.recalibrate(layer, batches, group=dist.GroupMember.NON_GROUP_MEMBER)
+    assert layer.num_batches_tracked == 0
+
+
+def test_a_group_after_its_end_is_refused() -> None:
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", world_size=1, rank=0)
+    group = dist.group.WORLD
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match="group needs an initialized process group"):
+        bn.recalibrate(nn.BatchNorm1d(3), [torch.randn(20, 3)], group=group)
