@@ -25,7 +25,7 @@ def reading(stored: StoredFile, what: str, part: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"expected {what}, got {stored.address}, which is damaged or no such file: {part} cannot be read "
-            f"({str(error).rstrip('.')}). Write it again, or leave it out."
+            f"({' '.join(str(error).split()).rstrip('.')}). Write it again, or leave it out."
         ) from error
     except ValueError as error:
         if stored.address in str(error):
