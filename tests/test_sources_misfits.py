@@ -366,6 +366,38 @@ def test_a_file_of_a_store_that_changes_is_refused(tmp_path: Path, store) -> Non
         read(found)
 
 
+def test_columns_of_a_store_are_fetched_without_the_others(
+    tmp_path: Path,
+) -> None:
+    """A file system whose files count the bytes that are fetched."""
+    numbers = np.random.default_rng(0).normal(size=(20, 50000))
+    path = parquet_of_columns(tmp_path / "t.parquet", numbers)
+    fetched: list[int] = []
+
+    class Counted(fsspec.spec.AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            fetched.append(end - start)
+            return path.read_bytes()[start:end]
+
+    class Counting(fsspec.AbstractFileSystem):
+        def info(self, address: str, **options: object) -> dict:
+            return {"name": address, "size": path.stat().st_size, "type": "file", "ETag": "1"}
+
+        def _open(self, address: str, mode: str = "rb", **options: object) -> Counted:
+            return Counted(self, address, mode, size=path.stat().st_size)
+
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    selection = Selection(columns=("c3",))
+    values = read(pieces("counting://t.parquet", selection), selection)["c3"]
+    np.testing.assert_array_equal(values, numbers[3])
+    assert sum(fetched) < 0.2 * path.stat().st_size
+
+
+def parquet_of_columns(path: Path, numbers: np.ndarray) -> Path:
+    pq.write_table(pa.table({f"c{i}": each for i, each in enumerate(numbers)}), path, row_group_size=10000)
+    return path
+
+
 def test_members_of_archives_are_read(tmp_path: Path) -> None:
     path = write_parquet(tmp_path, table())
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:

@@ -52,8 +52,12 @@ def listed(address: Address) -> list[str]:
     return found
 
 
-def opened(address: Address) -> BinaryIO:
+def opened(address: Address, *, ahead: bool = True) -> BinaryIO:
     """The file at an address, open for reading bytes; the file can seek.
+
+    Args:
+        address: A path or an address.
+        ahead: Whether a store is asked for more bytes than are read, because the next bytes are read soon.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -67,8 +71,19 @@ def opened(address: Address) -> BinaryIO:
     with reaching(name):
         system, path = _system(name)
         file = system.open(path, "rb")
+        if not ahead:
+            _read_exactly(file)
     weakref.finalize(file, bool, system)  # keeps the system: an archive is closed with its system, not with its files
     return file
+
+
+def _read_exactly(file: Any) -> None:
+    """Every read of a file of a store fetches its bytes, and no others."""
+    from fsspec.caching import BaseCache
+    from fsspec.spec import AbstractBufferedFile
+
+    if isinstance(file, AbstractBufferedFile) and file.cache is not None:
+        file.cache = BaseCache(int(file.blocksize), file._fetch_range, file.size)
 
 
 @final

@@ -108,7 +108,7 @@ def format_of(stored: StoredFile) -> Format:
     named = ZARR if stored.is_folder else by_suffix(stored.address)
     if named is not None and not named.is_opened:
         return named
-    with stored.open() as file:
+    with stored.open(ahead=False) as file:
         beginning = file.read(_BEGINNING)
     found = by_content(beginning)
     if found is None and named is not None and named.is_certain:

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 WHAT = "a Parquet file"
-# Bytes that are read at a time from a file on a disk: pyarrow reads no more of a column than it decodes.
-_BUFFER = 1 << 20
-# Bytes of a strip that are fetched at once from a store, where every request takes time.
-_FETCHED = 64 << 20
+# Bytes of columns that may be in memory before they are decoded; of more bytes, parts are read.
+_FETCHED, _PART = 64 << 20, 8 << 20
 # Row groups of fewer bytes are joined to pieces of this share of ``Options.piece_bytes``.
 _JOINED = 4
 
@@ -164,38 +162,46 @@ def _strips(shapes: Mapping[str, Shape], rows: int) -> Iterator[dict[str, Shape]
 
 
 def _batches(stored: StoredFile, groups: Iterable[int], names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Record batches of at most ``rows`` rows.
+
+    Columns are decoded in pyarrow's threads: they cost no more time of processors than one thread, and a file of a
+    single row group keeps all processors busy.
+    """
+    chosen = tuple(groups)
+    sizes = _sizes(stored, chosen)
+    with _parquet_file(stored, sum(sizes.get(name, 0) for name in names) <= _FETCHED) as file:
+        yield from file.iter_batches(rows, row_groups=chosen, columns=names, use_threads=True)
+
+
+@lru_cache(maxsize=16)
+def _sizes(stored: StoredFile, groups: tuple[int, ...]) -> dict[str, int]:
+    """Bytes of every column in row groups; ``a`` and ``a.b`` have the bytes of the column ``a.b.list.element``."""
     about = _footer(stored)
-    groups = list(groups)
-    with _parquet_file(stored, _fetched_at_once(about, groups, names)) as file:
-        yield from file.iter_batches(rows, row_groups=groups, columns=names, use_threads=False)
-
-
-def _fetched_at_once(about: pq.FileMetaData, groups: list[int], names: list[str]) -> bool:
-    """Whether the bytes of columns in row groups are few enough to be fetched at once."""
-    chosen = tuple(names)
-    tops = tuple(f"{name}." for name in names)
-    total = 0
+    found: dict[str, int] = {}
     for number in groups:
         group = about.row_group(number)
-        columns = (group.column(i) for i in range(group.num_columns))
-        total += sum(
-            c.total_compressed_size for c in columns if c.path_in_schema in chosen or c.path_in_schema.startswith(tops)
-        )
-    return total <= _FETCHED
+        for column in map(group.column, range(group.num_columns)):
+            parts = column.path_in_schema.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                found[name] = found.get(name, 0) + column.total_compressed_size
+    return found
 
 
 @contextmanager
-def _parquet_file(stored: StoredFile, at_once: bool) -> Iterator[pq.ParquetFile]:
-    """The file, open: from a disk in small buffers, from a store in large ones or all bytes of the columns at once."""
+def _parquet_file(stored: StoredFile, are_few: bool) -> Iterator[pq.ParquetFile]:
+    """The file, open. Few bytes of a disk are mapped, and few bytes of a store are fetched at once; others in parts."""
     import pyarrow.parquet as pq
 
-    about = _footer(stored)
+    about, part = _footer(stored), 0 if are_few else _PART
     if stored.is_local:
-        with pq.ParquetFile(stored.address, metadata=about, buffer_size=_BUFFER) as file:
+        with pq.ParquetFile(stored.address, metadata=about, memory_map=are_few, buffer_size=part) as file:
             yield file
         return
-    size = 0 if at_once else 8 * _BUFFER
-    with stored.open() as source, pq.ParquetFile(source, metadata=about, pre_buffer=at_once, buffer_size=size) as file:
+    with (
+        stored.open(ahead=False) as source,
+        pq.ParquetFile(source, metadata=about, pre_buffer=are_few, buffer_size=part) as file,
+    ):
         yield file
 
 
@@ -204,5 +210,5 @@ def _footer(stored: StoredFile) -> pq.FileMetaData:
     """The footer of a file. It is cached for the pieces of the same file."""
     import pyarrow.parquet as pq
 
-    with stored.open() as source:
+    with stored.open(ahead=False) as source:
         return pq.read_metadata(source)

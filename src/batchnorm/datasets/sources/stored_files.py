@@ -75,15 +75,18 @@ class StoredFile:
             )
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self, *, ahead: bool = True) -> Iterator[BinaryIO]:
         """The file, open for reading bytes; it can seek.
+
+        Args:
+            ahead: Whether a store is asked for more bytes than are read, because the next bytes are read soon.
 
         Raises:
             ValueError: If the file changed.
             OSError: If it cannot be read.
         """
         self.check()
-        with opened(self.address) as file:
+        with opened(self.address, ahead=ahead) as file:
             yield file
 
     @property
