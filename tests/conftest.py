@@ -32,6 +32,7 @@ NEEDS = {
     "test_live_page.py": "axe_playwright_python",
     "test_page.py": "playwright",
     "test_peers.py": "fvcore",
+    "test_stats_clusters.py": "ray",
 }
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
 

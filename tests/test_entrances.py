@@ -334,6 +334,7 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "broadcast_statistics": (bn.broadcast_statistics, ("model",)),
     "check_replicas": (bn.check_replicas, ("model",)),
     "convert": (bn.convert, ("model",)),
+    "data_statistics": (bn.data_statistics, ("str",)),
     "examine": (bn.examine, ("model", "str")),
     "find": (bn.find, ("model",)),
     "fold": (lambda it: bn.fold(it, batches()[0], report=None), ("model",)),
@@ -383,6 +384,16 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "convert, sync": (lambda it: bn.convert(model(), sync=it), ("None",)),
     "convert, process_group": (lambda it: bn.convert(model(), process_group=it), ("None",)),
     "convert, example": (lambda it: bn.convert(model(), example=it), (*A_BATCH, "None")),
+    "data_statistics, columns": (lambda it: bn.data_statistics("no.csv", columns=it), ("str",)),
+    "data_statistics, by": (lambda it: bn.data_statistics("no.csv", by=it), ("str",)),
+    "data_statistics, options": (lambda it: bn.data_statistics("no.csv", options=it), ("None",)),
+    "data_statistics, engine": (lambda it: bn.data_statistics("no.csv", engine=it), ()),
+    "data_statistics, workers": (lambda it: bn.data_statistics("no.csv", workers=it), ("int", "None")),
+    "data_statistics, ledger": (lambda it: bn.data_statistics("no.csv", ledger=it), ("None", "str")),
+    "data_statistics, progress": (
+        lambda it: bn.data_statistics("no.csv", progress=it),
+        ("None", "class", "function"),
+    ),
     "examine": (lambda it: bn.examine(model(), it), (*LOADER, "None")),
     "fold": (lambda it: bn.fold(model(), it, report=None), A_BATCH),
     "for_export": (lambda it: bn.for_export(model(), fold=it), FLAG),
@@ -430,6 +441,7 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
 # of a right type, with a value that cannot be
 OUT_OF_RANGE = {
     ("broadcast_statistics", "int"),
+    ("data_statistics, engine", "str"),
     ("InputNorm", "None"),  # the size of no axis
     ("examine", "generator"),  # of words
     ("treat, data", "generator"),

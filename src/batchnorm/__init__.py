@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.adaptation import Adapter, DomainBank, adapt, adapted
     from batchnorm.allocator import tune_allocator
     from batchnorm.averaging import merge_statistics
+    from batchnorm.datasets.measurement import data_statistics
     from batchnorm.doctor import examine, treat
     from batchnorm.inputs import InputNorm
     from batchnorm.instruments import probe, watch
@@ -51,6 +52,7 @@ __all__ = [
     "broadcast_statistics",
     "check_replicas",
     "convert",
+    "data_statistics",
     "examine",
     "find",
     "fold",
@@ -79,6 +81,7 @@ _NAMES = {
     "adaptation": ("Adapter", "DomainBank", "adapt", "adapted"),
     "allocator": ("tune_allocator",),
     "averaging": ("merge_statistics",),
+    "datasets.measurement": ("data_statistics",),
     "doctor": ("examine", "treat"),
     "inputs": ("InputNorm",),
     "instruments": ("probe", "watch"),
@@ -105,8 +108,9 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name not in {"torch", "numpy"}:
             raise
+        extra = "data" if _HOMES[name].startswith("datasets") else "torch"
         raise ModuleNotFoundError(
-            f"batchnorm.{name} needs {error.name}, which is not installed. Run: pip install 'batchnorm[torch]'",
+            f"batchnorm.{name} needs {error.name}, which is not installed. Run: pip install 'batchnorm[{extra}]'",
             name=error.name,
         ) from None
     globals()[name] = value

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
-
-import torch
-from torch import nn
 
 
 def kind_of(value: object) -> str:
@@ -37,7 +35,7 @@ def require_module(model: object, who: str) -> None:
         TypeError: If ``model`` is not an ``nn.Module``; ``who`` is the caller.
     """
     remedy = f"Pass an instance: {model.__name__}(...)." if isinstance(model, type) else "Pass the model itself."
-    require_type(model, nn.Module, f"{who} needs an nn.Module", remedy)
+    require_type(model, _of_torch("Module", "torch.nn"), f"{who} needs an nn.Module", remedy)
 
 
 def require_number(value: object, name: str, remedy: str) -> None:
@@ -68,14 +66,14 @@ def require_whole_number(value: object, name: str, remedy: str) -> None:
 def _number_kind(value: object) -> str:
     """The kind of a single number, by NumPy's letters: "i" or "u" is an integer, "f" a float; any other is neither."""
     dtype = getattr(value, "dtype", None)
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or dtype == torch.bool:
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or str(dtype) == "torch.bool":
         return "O"
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, _of_torch("dtype")):
         return "c" if dtype.is_complex else "f" if dtype.is_floating_point else "i"
     if dtype is not None:
         return getattr(dtype, "kind", "O")
-    is_integer = isinstance(value, (Integral, torch.SymInt))
-    return "i" if is_integer else "f" if isinstance(value, (Real, torch.SymFloat)) else "O"
+    is_integer = isinstance(value, (Integral, *_of_torch("SymInt")))
+    return "i" if is_integer else "f" if isinstance(value, (Real, *_of_torch("SymFloat"))) else "O"
 
 
 def require_flag(value: object, name: str) -> None:
@@ -84,7 +82,7 @@ def require_flag(value: object, name: str) -> None:
     Raises:
         TypeError: If ``value`` is none of them. A tensor is refused too.
     """
-    is_flag = isinstance(value, (bool, torch.SymBool)) or type(value).__name__ in {"bool", "bool_"}  # NumPy's
+    is_flag = isinstance(value, (bool, *_of_torch("SymBool"))) or type(value).__name__ in {"bool", "bool_"}  # NumPy's
     is_flag = is_flag or (isinstance(value, Integral) and value in {0, 1})
     remedy = "Pass further arguments as keywords: name=value."
     require_type(value, object if is_flag else (), f"{name} must be True or False", remedy)
@@ -98,5 +96,11 @@ def require_callable(value: object, expected: str, remedy: str) -> None:
     Raises:
         TypeError: If ``value`` cannot be called, or is a module.
     """
-    is_function = isinstance(value, Callable) and not isinstance(value, nn.Module)  # type: ignore[arg-type]
+    is_function = isinstance(value, Callable) and not isinstance(value, _of_torch("Module", "torch.nn"))  # type: ignore[arg-type]
     require_type(value, object if is_function else (), expected, remedy)
+
+
+def _of_torch(name: str, home: str = "torch") -> tuple[type, ...]:
+    """A class of torch, for isinstance; () while torch is not imported, because no value can be of its classes then."""
+    kind = getattr(sys.modules.get(home), name, None)
+    return () if kind is None else (kind,)

@@ -15,7 +15,7 @@ from batchnorm import __version__
 
 # a command's module is imported when the command is called, and all of them for --help;
 # ``rules`` is in the module of ``explain``
-_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "merge", "rules", "shift", "watch", "why")
+_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "merge", "rules", "shift", "stats", "watch", "why")
 _MODULES = {"rules": "explain"}
 _INTERRUPTED = 130  # 128 + SIGINT, as in shells: Ctrl-C
 _OUTPUT_CLOSED = 141  # 128 + SIGPIPE: the program that reads the output has ended

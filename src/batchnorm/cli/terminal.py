@@ -30,12 +30,29 @@ class Talk:
             self._stream = None
 
 
-def progress_bar(*, quiet: bool) -> Progress:
-    """A progress bar on standard error; disabled if ``quiet``, without a terminal, or by BATCHNORM_PROGRESS=0."""
+def progress_bar(*, quiet: bool, measures_bytes: bool = False) -> Progress:
+    """A progress bar on standard error; disabled if ``quiet``, without a terminal, or by BATCHNORM_PROGRESS=0.
+
+    Args:
+        quiet: Show nothing.
+        measures_bytes: The work is counted in bytes; the bar shows them, their rate and the time left.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
     off = quiet or not console.is_terminal or os.environ.get("BATCHNORM_PROGRESS") == "0"
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    times: tuple[ProgressColumn, ...] = (TimeElapsedColumn(),)
+    if measures_bytes:
+        times = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), TextColumn("{task.description}"), *times)
     return Progress(*columns, console=console, transient=True, disable=off)

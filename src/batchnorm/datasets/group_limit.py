@@ -21,12 +21,12 @@ def require_few_groups(statistics: DataStatistics) -> DataStatistics:
         ValueError: If all groups and columns together need more than 16 MB. For ten columns of numbers that is more
             than about 1,000 groups.
     """
-    groups = len(statistics.groups)
+    groups, columns = len(statistics.groups), len(statistics.total.columns)
     if groups and groups * (each := _bytes(statistics.total)) > _MOST_BYTES:
         raise ValueError(
-            f"column {statistics.by!r} has {groups:,} groups or more, expected at most {max(1, _MOST_BYTES // each):,} for "
-            f"{len(statistics.total.columns):,} columns, so that they fit into memory. Name a column with fewer values, "
-            "or measure fewer columns."
+            f"column {statistics.by!r} has {groups:,} groups or more, expected at most {max(1, _MOST_BYTES // each):,} "
+            f"for {columns:,} columns, so that they fit into memory. Name a column with fewer values, or measure fewer "
+            "columns."
         )
     return statistics
 

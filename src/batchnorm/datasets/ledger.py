@@ -10,12 +10,14 @@ was reading. The records are on the disk after a second at the latest, so that a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, final
 
@@ -124,9 +126,11 @@ class Ledger:
     def close(self) -> None:
         """Write everything to the disk, unlock and close."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            unlock(self._file.fileno())
-            self._file.close()
+            with suppress(OSError):  # a disk that was full: ``append`` has raised the error
+                os.fsync(self._file.fileno())
+                unlock(self._file.fileno())
+            with suppress(OSError):
+                self._file.close()
 
     def _begin(self, header: dict[str, Json], *, fresh: bool) -> None:
         """Check the header, or write it, and find the records."""
@@ -182,6 +186,8 @@ def _locked(path: Path) -> BinaryIO:
     """The file, opened and locked."""
     try:
         while True:
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "it is a folder, pipe or device")  # noqa: TRY301 - one message for all
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
                 lock(
@@ -209,8 +215,8 @@ def _header(line: bytes, path: Path) -> dict[str, Json]:
         header = None
     if not isinstance(header, dict) or _KIND not in header:
         raise ValueError(
-            f"{path} is not a ledger of batchnorm stats, or its first line is damaged. Delete it, or name another place "
-            "for the ledger."
+            f"{path} is not a ledger of batchnorm stats, or its first line is damaged. Delete it, or name another "
+            "place for the ledger."
         )
     return header
 

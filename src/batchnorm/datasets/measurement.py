@@ -1,4 +1,4 @@
-"""The statistics of a data set: its pieces are measured by an engine, noted in a ledger, and merged in a fixed order."""
+"""The statistics of a data set: an engine measures its pieces, a ledger notes them, a fixed tree merges them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, final
 
 from batchnorm import __version__
+from batchnorm.argument_types import require_callable, require_type
 from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.data_statistics import DataStatistics, Source
 from batchnorm.datasets.engines import engine as engine_named
-from batchnorm.datasets.group_limit import require_few_groups
 from batchnorm.datasets.ledger import Ledger
 from batchnorm.datasets.measuring import measure
 from batchnorm.datasets.sources import Options, pieces
@@ -51,7 +50,7 @@ Progress = Callable[[Advance], None]
 def data_statistics(
     data: Data,
     *,
-    columns: Iterable[str] = (),
+    columns: str | Sequence[str] = (),
     by: str = "",
     options: Options | None = None,
     engine: str = "threads",
@@ -95,7 +94,8 @@ def data_statistics(
         >>> statistics.total.rows
         3
     """
-    selection = Selection(columns=_names(columns), by=by)
+    _require_types(data, columns, by, options, ledger, progress)
+    selection = Selection(columns=(columns,) if isinstance(columns, str) else tuple(columns), by=by)
     how = engine_named(engine, address=address, workers=workers)
     found = pieces(data, selection, options)
     with Ledger(ledger, question(selection)) if ledger is not None else nullcontext() as notes:
@@ -119,13 +119,13 @@ def measured(
     """The statistics of the pieces. Those that the ledger has are not measured again.
 
     Raises:
-        ValueError: If two pieces are the same, or the groups are too many.
+        ValueError: If a file has two names, or the groups are too many.
     """
     _require_different(found)
-    finished = _finished(found, partial(_measured_piece, selection=selection), how, ledger)
+    finished = _finished(found, partial(measure, selection=selection), how, ledger)
     rows: Counter[str] = Counter()
     merged = how.merged(_counted(finished, found, rows, progress))
-    return replace(require_few_groups(merged), sources=_sources(found, rows))
+    return replace(merged, sources=_sources(found, rows))
 
 
 def uncounted(found: Sequence[Piece], old: DataStatistics) -> list[Piece]:
@@ -143,25 +143,35 @@ def uncounted(found: Sequence[Piece], old: DataStatistics) -> list[Piece]:
     return [piece for piece in found if _place(piece.file) not in counted]
 
 
-def _names(columns: Iterable[str]) -> tuple[str, ...]:
-    names = (columns,) if isinstance(columns, str) else tuple(columns)
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise TypeError(f"columns must be names, got {type(wrong[0]).__name__}. Pass columns=['age', 'height'].")
-    return names
+def _require_types(
+    data: object, columns: object, by: object, options: object, ledger: object, progress: object
+) -> None:
+    """Refuse arguments of a wrong type.
 
-
-def _measured_piece(piece: Piece, selection: Selection) -> DataStatistics:
-    return require_few_groups(measure(piece, selection))
+    Raises:
+        TypeError: "<what was expected>, got <type>. <what to do>".
+    """
+    for each in data if isinstance(data, (list, tuple)) else [data]:
+        require_type(each, (str, os.PathLike), "data_statistics needs files", "Pass paths, such as 'train/*.parquet'.")
+    require_type(columns, (str, list, tuple), "columns must be names", "Pass columns=['age', 'height'].")
+    for name in columns if isinstance(columns, (list, tuple)) else ():
+        require_type(name, str, "columns must be names", "Pass columns=['age', 'height'].")
+    require_type(by, str, "by must be the name of a column", "Pass by='label'.")
+    require_type(options, (Options, type(None)), "options must be Options", "Pass options=Options(format='csv').")
+    require_type(ledger, (str, os.PathLike, type(None)), "ledger must be a path", "Pass ledger='train.bnstats.ledger'.")
+    if progress is not None:
+        require_callable(progress, "progress must be a function", "Pass a function of an Advance.")
 
 
 def _require_different(found: Sequence[Piece]) -> None:
+    """Refuse a file that has two names here, such as a link to it."""
+    names = dict.fromkeys(piece.file for piece in found)
     files: dict[str, str] = {}
-    for piece in found:
-        if piece.key in files:
-            raise ValueError(
-                f"{piece.file} and {files[piece.key]} are the same file, which would count twice. Name it once."
-            )
-        files[piece.key] = piece.file
+    for name in names:
+        place = name if is_remote(name) else os.path.realpath(name)
+        if place in files:
+            raise ValueError(f"{name} and {files[place]} are the same file, which would count twice. Name one of them.")
+        files[place] = name
 
 
 def _finished(
@@ -207,4 +217,4 @@ def _sources(found: Sequence[Piece], rows: Mapping[str, int]) -> tuple[Source, .
 
 def _place(file: str) -> str:
     """The address of a file, absolute: the same from every folder."""
-    return file if is_remote(file) else str(Path(file).absolute())
+    return file if is_remote(file) else os.path.abspath(file)  # noqa: PTH100 - Path.absolute keeps ``..``

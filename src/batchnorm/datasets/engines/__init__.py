@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from batchnorm.argument_types import require_type, require_whole_number
+
 if TYPE_CHECKING:
     from batchnorm.datasets.engines.protocol import Engine
 
@@ -32,15 +34,21 @@ def engine(name: str, *, address: str | None = None, workers: int | None = None)
         workers: Number of threads or local workers; None means one for each processor.
 
     Raises:
-        ValueError: If there is no such engine, or the threads get an address.
+        ValueError: If there is no such engine, the threads get an address, or ``workers`` is below 1.
+        TypeError: If the name is no string, or ``workers`` no whole number.
         ModuleNotFoundError: If the engine's package is not installed.
     """
+    require_type(name, str, "engine must be a name", f"Choose one of {', '.join(ENGINES)}.")
     if name not in _TABLE:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}. Choose one of them.")
     if address is not None and name == "threads":
         raise ValueError(f"the engine threads runs in this process, got the address {address!r}. Choose engine ray.")
     if workers is not None and address is not None:
         raise ValueError(f"the cluster at {address} has its own workers, got workers={workers}. Leave one of them out.")
+    if workers is not None:
+        require_whole_number(workers, "workers", "Pass workers=4.")
+        if workers < 1:
+            raise ValueError(f"workers must be 1 or more, got {workers}. Leave it out for one for each processor.")
     module, kind, needed = _TABLE[name]
     if find_spec(needed.partition(".")[0]) is None:
         raise ModuleNotFoundError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import pickle
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from batchnorm.datasets.engines.protocol import Measure
 
 # errors of users' data and machines. Others are faults of the program and keep their traceback
-_EXPECTED = (OSError, ValueError, TypeError, ModuleNotFoundError, MemoryError)
+_EXPECTED = (OSError, ModuleNotFoundError, MemoryError, TypeError, ValueError)
 
 
 @final
@@ -34,9 +35,14 @@ class Failure:
     words: str
     trace: str
 
-    def error(self) -> Exception:
-        """The exception to raise."""
-        error = getattr(builtins, self.kind)(self.words)
+    def error(self, engine: str = "") -> Exception:
+        """The exception to raise; ``engine`` names the one whose workers may be on other machines."""
+        words = self.words
+        if engine and self.kind == "FileNotFoundError":
+            words += (
+                f". Workers of {engine} may be on other machines: name files by addresses that all workers can open."
+            )
+        error = getattr(builtins, self.kind)(words)
         error.add_note(self.trace)
         return error
 
@@ -65,26 +71,30 @@ def attempt(index: int, piece: Piece, measure: Measure, version: str = __version
 
 
 def _kind(error: Exception) -> str:
-    """The nearest built-in class of an exception whose constructor needs only a message."""
-    return (
-        "OSError"
-        if isinstance(error, OSError)
-        else next(
-            each.__name__
-            for each in (ModuleNotFoundError, MemoryError, TypeError, ValueError)
-            if isinstance(error, each)
-        )
-    )
+    """The nearest built-in class whose constructor needs only a message."""
+    return next(kind.__name__ for kind in (FileNotFoundError, *_EXPECTED) if isinstance(error, kind))
 
 
 def _words(error: Exception, piece: Piece) -> str:
     """The message with the file's name. An error of the operating system becomes its reason in words."""
-    is_plain = isinstance(error, OSError) and error.strerror
-    words = error.strerror if is_plain else str(error) or type(error).__name__
+    words = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
     return words if piece.file in words else f"{piece.file}: {words}"
 
 
-def successes(outcomes: Iterator[Outcome]) -> Iterator[tuple[int, DataStatistics]]:
+def packed(index: int, piece: bytes, measure: Measure) -> bytes:
+    """``attempt`` for engines whose rows have bytes: a pickled piece gives a pickled outcome."""
+    return pickle.dumps(attempt(index, pickle.loads(piece), measure))  # noqa: S301 - made by an engine of ours
+
+
+def unpacked(outcomes: Iterable[bytes]) -> Iterator[Outcome]:
+    """The outcomes of ``packed``, until the first failure."""
+    for outcome in outcomes:
+        yield (found := pickle.loads(outcome))  # noqa: S301 - from our own workers
+        if isinstance(found[1], Failure):
+            return
+
+
+def successes(outcomes: Iterable[Outcome], engine: str = "") -> Iterator[tuple[int, DataStatistics]]:
     """The outcomes that are statistics. After all outcomes the first error is raised, if there was one."""
     failure: Failure | None = None
     for index, outcome in outcomes:
@@ -93,4 +103,4 @@ def successes(outcomes: Iterator[Outcome]) -> Iterator[tuple[int, DataStatistics
         else:
             yield index, outcome
     if failure:
-        raise failure.error()
+        raise failure.error(engine)

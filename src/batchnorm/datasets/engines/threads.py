@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, final
 
 from batchnorm.datasets.engines import merging
-from batchnorm.datasets.engines.attempts import Outcome, successes
+from batchnorm.datasets.engines.attempts import successes
 from batchnorm.datasets.engines.window import outcomes
 
 if TYPE_CHECKING:
@@ -30,17 +30,13 @@ class Threads:
         """The statistics of each piece with its index, as soon as they are known."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="batchnorm-stats")
         try:
-            yield from successes(outcomes(pool, _first, pieces, measure, 2 * self._threads))
+            yield from successes(outcomes(pool, pieces, measure, 2 * self._threads))
         finally:  # after Ctrl-C too: pieces that no thread has begun are dropped
             pool.shutdown(cancel_futures=True)
 
     def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
         """The statistics of all pieces, added in a fixed order."""
         return merging.merged(partials)
-
-
-def _first(running: set[Future[Outcome]]) -> set[Future[Outcome]]:
-    return wait(running, return_when=FIRST_COMPLETED).done
 
 
 def processors() -> int:

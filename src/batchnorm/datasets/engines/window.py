@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,17 +15,14 @@ if TYPE_CHECKING:
     from batchnorm.datasets.blocks import Piece
     from batchnorm.datasets.engines.protocol import Measure
 
-Wait = Callable[[set[Future[Outcome]]], set[Future[Outcome]]]
 
-
-def outcomes(executor: Executor, wait: Wait, pieces: Sequence[Piece], measure: Measure, most: int) -> Iterator[Outcome]:
+def outcomes(executor: Executor, pieces: Sequence[Piece], measure: Measure, most: int) -> Iterator[Outcome]:
     """The outcome of each piece, as soon as it is known. Pieces are handed out in their order.
 
     After a failure no further piece is handed out, and the outcomes of those in the window follow.
 
     Args:
         executor: Runs the attempts.
-        wait: Waits until one of the futures is done, and returns those that are done.
         pieces: What is measured.
         measure: Computes the statistics of a piece.
         most: Size of the window.
@@ -36,7 +33,7 @@ def outcomes(executor: Executor, wait: Wait, pieces: Sequence[Piece], measure: M
         running |= {executor.submit(attempt, *job, measure) for job in islice(waiting, most - len(running))}
         if not running:
             return
-        for future in wait(running):
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
             running.remove(future)
             outcome = future.result()
             if isinstance(outcome[1], Failure):
