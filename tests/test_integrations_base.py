@@ -52,7 +52,11 @@ from batchnorm.integrations.recalibration_in_training import calibrate
 torch.distributed.init_process_group("gloo")
 rank, folder = torch.distributed.get_rank(), sys.argv[1]
 model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
-calibrate(model, [torch.randn(16, 2, generator=torch.Generator().manual_seed(rank))], None, forward=lambda m, x: m(x))
+model = model.requires_grad_(False)
+for tensor in model.parameters():
+    torch.distributed.broadcast(tensor, 0)
+batch = torch.randn(16, 2, generator=torch.Generator().manual_seed(rank))
+calibrate(model, [batch], None, forward=lambda m, x: m(x), is_distributed=True)
 torch.save(dict(model.named_buffers()), f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -81,12 +85,12 @@ def test_a_session_that_did_not_begin_takes_everything() -> None:
 
 
 @pytest.mark.slow
-def test_all_ranks_have_what_the_first_measured(tmp_path: Path) -> None:
+def test_all_ranks_have_the_statistics_of_all_data(tmp_path: Path) -> None:
     import torch
 
     ranks = forked.run_world(RANK, str(tmp_path))
     assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr[-2000:] for rank in ranks]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([torch.randn(16, 2, generator=torch.Generator().manual_seed(rank)) for rank in (0, 1)])
     torch.testing.assert_close(first["0.running_mean"], x.mean(0))

@@ -103,12 +103,15 @@ class Recalibrate(Callback):
     With ``WeightAveraging`` or ``StochasticWeightAveraging`` the statistics are measured with the averaged weights: the
     callback moves itself after these callbacks. Checkpoints written at validation contain the latest measured
     statistics. The training does not change, because layers in train mode do not use stored statistics. Layers that are
-    frozen, or in eval mode while the model trains, keep their statistics.
+    frozen, or in eval mode while the model trains, keep their statistics. With several processes the statistics are
+    those of the data of all processes, on all of them.
 
     Args:
-        max_examples: Largest number of examples to measure; None: all batches of an epoch, or of ``loader``.
+        max_examples: Largest number of examples to measure, of all processes; None: all batches of an epoch, or of
+            ``loader``.
         every_n_epochs: n, to measure also before the validation of every n-th epoch; None measures only at the end.
-        loader: The batches to measure; None: the trainer's training dataloader.
+        loader: The batches to measure; None: the trainer's training dataloader. Of several processes each reads its
+            own, so give it a ``DistributedSampler``; otherwise every example counts once for each process.
         forward: A function ``forward(module, batch)``, needed if the module's forward accepts neither a batch nor its
             first part.
         exact: False for one pass over the data, as in ``batchnorm.recalibrate``.
@@ -174,7 +177,10 @@ class Recalibrate(Callback):
         with ExitStack() as held:
             for layer in self._held:
                 held.enter_context(frozen(layer))
-            calibrate(_trained_part(pl_module), batches, self._max_examples, forward=forward, exact=self._exact)
+            calibrate(
+                _trained_part(pl_module), batches, self._max_examples, forward=forward, exact=self._exact,
+                is_distributed=trainer.world_size > 1,
+            )  # fmt: skip
 
 
 @final
@@ -338,7 +344,8 @@ class _Epoch:
         self.generator = getattr(
             self._loader, "generator", None
         )  # recalibrate starts each pass from the same state of the generator
-        self.sampler = getattr(self._loader, "sampler", None)
+        for name in ("sampler", "batch_sampler", "collate_fn"):  # they show which examples are repetitions
+            setattr(self, name, getattr(self._loader, name, None))
 
     def __iter__(self) -> Iterator[Batch]:
         return islice(with_own_workers(self._loader), None if math.isinf(self._most) else int(self._most))

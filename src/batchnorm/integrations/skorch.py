@@ -13,6 +13,7 @@ from batchnorm.instruments import Sink, Watch
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
 from batchnorm.integrations.watch_session import Session
+from batchnorm.processes import is_alone
 
 with needed("skorch", "skorch"):
     from skorch import NeuralNet
@@ -28,7 +29,8 @@ class BatchNormCallback(Callback):
 
     Args:
         log, every, budget, probe, loss, sinks: Arguments of ``batchnorm.watch``.
-        recalibrate: Whether to replace running averages by the statistics of the training examples when training ends.
+        recalibrate: Whether to replace running averages by the statistics of the training examples when training ends,
+            of all processes if there are several.
         max_examples: Number of examples to recalibrate on; None for all.
 
     Raises:
@@ -86,4 +88,7 @@ class BatchNormCallback(Callback):
         trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None
         if self.recalibrate and trained_on is not None:
             batches = net.get_iterator(trained_on, training=True)
-            calibrate(net.module_, batches, self.max_examples, forward=lambda _, batch: net.infer(batch[0]))
+            calibrate(
+                net.module_, batches, self.max_examples, forward=lambda _, batch: net.infer(batch[0]),
+                is_distributed=not is_alone(),
+            )  # fmt: skip

@@ -21,6 +21,7 @@ from batchnorm.population.batches import call
 
 with needed("transformers", "'transformers[torch]'"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.training_args import ParallelMode
 
 
 @final
@@ -33,8 +34,8 @@ class BatchNormCallback(TrainerCallback):
     Args:
         recalibrate: Whether to replace running averages by the statistics of the training data when training ends.
             With ``load_best_model_at_end``, the best model is loaded before. Save the model afterwards: the Trainer's
-            checkpoints are older.
-        max_examples: Number of examples to recalibrate on; None for all.
+            checkpoints are older. With several processes the statistics are those of the data of all processes.
+        max_examples: Number of examples of all processes to recalibrate on; None for all.
         watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss``, ``sinks`` and
             ``group``.
 
@@ -70,7 +71,10 @@ class BatchNormCallback(TrainerCallback):
         """End the watch, and recalibrate if ``recalibrate``."""
         self._session.end()
         if self._recalibrate:
-            calibrate(kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called)
+            calibrate(
+                kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called,
+                is_distributed=args.parallel_mode == ParallelMode.DISTRIBUTED,
+            )  # fmt: skip
 
 
 @final

@@ -27,6 +27,7 @@ from batchnorm.argument_types import kind_of, require_whole_number
 from batchnorm.population.absent_numbers import named_absences, require_batch
 from batchnorm.population.batch_misfits import named_misfits
 from batchnorm.population.forward_signatures import call_forms, code_of, names_in
+from batchnorm.population.repeated_examples import own_examples
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError
 from batchnorm.population.tensor_trees import (
@@ -176,7 +177,8 @@ class Batches:
     batch at a time. Error messages name ``who`` as the caller.
 
     If ``part`` is (i, n), n processes have a part of the data each, and this is part i. ``max_examples`` is then the
-    number of all of them, of which each has an equal share, and a part may have no batch.
+    number of all of them, of which each has an equal share, and a part may have no batch. Examples that a sampler
+    repeats to fill up the parts (``repeated_examples``) are left out.
 
     Raises:
         TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
@@ -211,6 +213,7 @@ class Batches:
         self.loader = list(self._up_to_max(loader, cut=False)) if isinstance(loader, Iterator) else rereadable(loader)
         # the default collate function makes a new tensor for every batch
         self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
+        self._own = own_examples(loader, self._parts) if self._parts > 1 else None
         self.count: int | None = None
 
     @property
@@ -221,7 +224,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for batch in self._up_to_max(self.loader):
+        for batch in self._without_repeated(self._up_to_max(self.loader)):
             yield each_leaf(batch, self._moved)
             count += 1
         if not count and not self.count and self._parts == 1:
@@ -262,6 +265,19 @@ class Batches:
             left -= size
             if left <= 0:
                 return
+
+    def _without_repeated(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Without the examples at the end that a sampler repeats so that all ranks have equally many."""
+        left = self._own
+        for batch in batches:
+            if left is None:
+                yield batch
+                continue
+            if left <= 0:
+                return
+            size = examples_in(batch) or 0
+            yield batch if size <= left else each_leaf(batch, partial(leaf_rows, range(left), size))
+            left -= size
 
     def _size_of(self, batch: Batch) -> int:
         size = examples_in(batch)
