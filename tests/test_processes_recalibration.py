@@ -84,6 +84,87 @@ def test_if_a_rank_ends_or_hangs_all_others_raise_an_error_and_keep_their_model(
         assert seconds < 2 * 4 + 3  # a gloo wait that another rank's failure ended, the timeout, and reports
 
 
+SHARDED = """
+    import json, os, sys, time, torch, torch.distributed as dist, warnings
+    from datetime import timedelta
+    from torch import nn
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    import batchnorm as bn
+    from rank_checks import message
+    from rank_recalibration import alone, data, joined, network, shards
+
+    warnings.simplefilter("ignore")  # of FSDP1: that it is old
+    dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+    rank, results = dist.get_rank(), {}
+
+    def sharded():
+        model = network(torch.float32)
+        if sys.argv[1] == "FSDP1":
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        if sys.argv[1] == "nested":
+            fully_shard(model[0])
+        return fully_shard(model)
+
+    def statistics(model):
+        return [buffer.tolist() for name, buffer in model.named_buffers() if "running" in name]
+
+    parts = shards(data(dtype=torch.float32))  # rank 1 has more batches
+    for name, options in {"exact": {}, "one pass": {"exact": False}}.items():
+        model, batches = sharded(), [tensor.clone() for tensor in parts[rank]]
+        bn.recalibrate(model, batches, group="all", **options)
+        results[name] = [statistics(model), statistics(alone(network(torch.float32), joined(parts), **options)[0])]
+
+    def loader():
+        yield from parts[rank][:2]
+        if rank == 1:
+            raise OSError("gone")
+        yield from parts[rank][2:]
+
+    class Loader:
+        def __iter__(self):
+            return loader()
+
+    def forward(model, batch, calls=[]):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            raise OSError("bad batch")
+        return model(batch)
+
+    model = sharded()
+    before = statistics(model)
+    kind = OSError if rank == 1 else RuntimeError
+    results["empty"] = message(ValueError, bn.recalibrate, model, parts[rank] if rank else [], group="all")
+    results["loader"] = message(kind, bn.recalibrate, model, Loader(), group="all")
+    began = time.monotonic()
+    results["forward"] = message(kind, bn.recalibrate, model, parts[rank], group="all", forward=forward)
+    results["seconds"], results["same"] = time.monotonic() - began, statistics(model) == before
+    print(json.dumps(results), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FSDP2", "nested", "FSDP1"])
+def test_ranks_of_a_sharded_model_run_equally_many_forwards(kind: str) -> None:
+    ranks = forked.run_world(SHARDED, kind)
+    assert all(rank.stdout for rank in ranks), [rank.stderr[-2000:] for rank in ranks]
+    first, second = (json.loads(rank.stdout) for rank in ranks)
+    for name in ("exact", "one pass"):
+        assert first[name][0] == second[name][0]
+        for a, b in zip(*first[name], strict=True):
+            # the same batches: roundings differ where gathered weights are multiplied in another layout
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+    assert first["empty"] == second["empty"]
+    assert "needs a batch on every rank if the model is sharded" in first["empty"]
+    assert first["empty"].endswith("got none on rank 0. Give every rank a batch.")
+    assert (second["loader"], second["forward"]) == ("gone", "bad batch")
+    assert "got an error on rank 1" in first["loader"]
+    assert "OSError: gone" in first["loader"]
+    assert first["seconds"] < 2 * 4 + 3  # it notices the end of the other, or the timeout
+    assert first["same"]
+    assert second["same"]
+
+
 @pytest.fixture
 def one_process():
     """A process group of one process."""

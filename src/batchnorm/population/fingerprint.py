@@ -23,11 +23,11 @@ def fingerprint(model: nn.Module, layers: Layers, settings: Mapping[str, object]
     """A description and a digest of each thing on which the measured statistics depend, by its name in messages.
 
     These are the settings, the measured layers, and all parameters and buffers. The stored statistics of measured
-    layers do not count, since they are replaced, and neither do counters of batches. If the model is sharded, the bits
-    of parameters do not count, because every rank has other parts.
+    layers do not count, since they are replaced, and neither do counters of batches. If the model is sharded,
+    parameters count by name only, because every rank has other parts of them.
     """
     replaced = {id(tensor) for layer in layers.values() for tensor in buffers(layer)}
-    without_bits = {name for name, _ in model.named_parameters()} if is_sharded(model) else ()
+    sharded = {name for name, _ in model.named_parameters()} if is_sharded(model) else set()
     tensors = {
         name: tensor
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
@@ -36,9 +36,8 @@ def fingerprint(model: nn.Module, layers: Layers, settings: Mapping[str, object]
     return {
         **{name: (repr(value), "") for name, value in settings.items()},
         **{f"layer {path!r}": (_layer_in_words(layer), "") for path, layer in layers.items()},
-        **{repr(name): ("" if name in without_bits else _in_words(t), digest_of({name: t}, without_bits))
-           for name, t in tensors.items()},
-    }  # fmt: skip
+        **{repr(n): ("", "") if n in sharded else (_in_words(t), digest_of({n: t})) for n, t in tensors.items()},
+    }
 
 
 def _layer_in_words(layer: nn.Module) -> str:

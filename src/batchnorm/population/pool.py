@@ -205,7 +205,7 @@ class Pool:
         if empty and any(each for each, _ in found):
             raise ValueError(
                 f"{self.who} needs a batch on every rank if the model is sharded, because all ranks take part in a "
-                f"forward, got none on {ranks_as_words(empty)}. Give these ranks a batch, or a smaller group."
+                f"forward, got none on {ranks_as_words(empty)}. Give every rank a batch."
             )
         return any(each for each, _ in found)
 

@@ -89,13 +89,15 @@ def recalibrate(
     batch statistics, so the results of these layers depend on the batch size and are biased for small batches.
 
     With ``group`` the data are those of all its ranks. Every rank must call this, with its own loader, and the result
-    is that of one process with all batches, to rounding: for each layer the moments of all ranks are
-    merged in float64 in rank order, so all ranks store the same bits. Loaders may differ in length and batch size, and
-    may be empty if another one is not. Examples that DistributedSampler or accelerate repeats, so that all ranks have
-    equally many, do not count if torch's or transformers' functions make the batches. The ranks compare settings, layers, parameters and buffers first. An error, or
-    Ctrl-C, on one rank raises an error on all, and every model stays bit-identical. If a rank ends or hangs, the others
-    raise an error, on gloo within the group's timeout. Memory is per rank; if one rank cannot pause its forwards, all
-    restart theirs. Without ``group`` a process waits for no other.
+    is that of one process with all batches, to rounding: for each layer the moments of all ranks are merged in float64
+    in rank order, so all ranks store the same bits. Loaders may differ in length and batch size, and may be empty if
+    another one is not. Examples that DistributedSampler or accelerate repeats, so that all ranks have equally many, do
+    not count if torch's or transformers' functions make the batches.
+
+    The ranks compare settings, layers, parameters and buffers before they read the data. An error or Ctrl-C on one rank
+    raises an error on all, and every model stays bit-identical. If a rank ends or hangs, the others raise an error, on
+    gloo within the group's timeout. ``memory`` is per rank; if one rank cannot pause its forwards, all restart theirs.
+    Without ``group`` a process waits for no other.
 
     A forward of a sharded model (FSDP) takes all ranks, so ranks with fewer batches repeat their first batch, which
     does not count. Each rank needs a batch, the group must be that of the shards, and ``max_examples`` cuts no batch.
