@@ -58,6 +58,7 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, compared
 	$(BIN)/python benchmarks/shift/bench_shift.py
 	$(BIN)/python benchmarks/shift/bench_hints.py
 	$(BIN)/python benchmarks/shift/bench_units.py
+	$(BIN)/python benchmarks/shift/bench_fleet.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
 	$(BIN)/python benchmarks/shift/bench_peers.py --times table
 	$(BIN)/python benchmarks/shift/bench_adaptation.py

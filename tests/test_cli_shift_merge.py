@@ -279,8 +279,8 @@ def test_hostile_names_are_text_in_every_format() -> None:
     layer = FleetLayer(hostile, 4, True, 9.0, "mean", (0, 1), 0.1, 0.1)
     one = ReplicaVerdict(hostile, hostile, 1e9, 8, 8, 9.0, True, True, 0.5, True)
     made = FleetVerdict(
-        hostile, "batchnorm shift", "checkpoint", "example", 0.01, None, "average", 2, True, 600.0, (one,), (hostile,), 1, True,
-        8, 8, 9.0, 4.6, hostile, "", (layer,),
+        hostile, "batchnorm shift", "checkpoint", "example", 0.01, None, "average", 2, True, 600.0, (one,), (hostile,),
+        1, True, 8, 8, 9.0, 4.6, hostile, "", (layer,),
     )  # fmt: skip
     for form in FORMATS:
         text = rendered(report(made), form)

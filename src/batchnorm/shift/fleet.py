@@ -2,7 +2,7 @@
 
 E_k(t) is the evidence of replica k at time t. It is an e-process: its expectation is at most 1 at every stopping time
 of its own stream, so it reaches 1 / alpha with probability at most alpha (Ville 1939). N is the number of replicas,
-which must be fixed before anyone looks at the evidence, and w_k = 1 / N. The rules:
+also of those that replace others; it must be fixed before anyone looks at the evidence. w_k = 1 / N. The rules:
 
 **average** (from a checkpoint). The bounds of clean data are fixed numbers, so E_k is also an e-process given what the
 whole fleet has observed, if they hold then too: no replica's next observation can be predicted from earlier
@@ -169,8 +169,8 @@ def combined(
     size = fleet or len(kept)
     if len(kept) > size:
         raise ValueError(
-            f"expected at most {size} streams, got {len(kept)}. The number must be fixed beforehand: declare the "
-            "largest number of replicas that the fleet may have, and remove files of servers that are gone."
+            f"expected at most {size} streams, got {len(kept)}. The number must be fixed beforehand: declare as many "
+            "as the fleet will ever have. A server that loads its file after a restart keeps its stream."
         )
     rule = _rule(kept, independent=independent)
     parts = [replica.state.layer_evidence for replica in kept]

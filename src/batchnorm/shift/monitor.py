@@ -318,8 +318,11 @@ class ShiftMonitor:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream's state to a file that ends in .bnshift.safetensors; a failed write leaves no part of it.
 
+        Any thread may save while the monitor observes. The file may be an address of fsspec, such as s3://....
+
         Raises:
             ValueError: If the name has another ending, or a key that the unit's function returned is not JSON data.
+            ModuleNotFoundError: If the package that an address needs is not installed.
             OSError: If the file cannot be written.
         """
         self.stream.state().save(path)
@@ -330,6 +333,7 @@ class ShiftMonitor:
         Raises:
             ValueError: If the file is damaged or of another kind, or its monitor had another reference, unit, alpha or
                 arl.
+            ModuleNotFoundError: If the package that an address needs is not installed.
             OSError: If the file cannot be read.
         """
         self.stream.put(StreamState.load(path))
