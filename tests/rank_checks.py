@@ -963,6 +963,96 @@ def a_whole_step_of_all_ranks_equals_one_process() -> object:
     return require_close(found, expected, ULPS)
 
 
+def data_of(r: int) -> list[Tensor]:
+    """The data of a rank: those of odd ranks have another mean."""
+    generator = torch.Generator().manual_seed(r)
+    return list((torch.randn(256, 4, generator=generator) + 3 * (r % 2)).split(64))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, 2))
+
+
+@check(2, 3)
+def examine_tells_all_ranks_the_same_measured_differences() -> object:
+    model = network()
+    for x in data_of(rank()) * 5:
+        model(x)
+    stored = [torch.empty(world(), C, dtype=torch.float64) for _ in range(2)]
+    for all_ranks, own in zip(stored, (model[1].running_mean, model[1].running_var), strict=True):
+        dist.all_gather(list(all_ranks.unbind()), own.double())
+    means, variances = (each.numpy() for each in stored)
+    unit = np.sqrt(variances.mean(0) + model[1].eps)
+    expected = [float(np.sqrt((((v.max(0) - v.min(0)) / unit) ** 2).mean())) for v in (means, np.sqrt(variances))]
+    before = copy.deepcopy(model.state_dict())
+    found = bn.examine(model, data_of(rank()), group="all")
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    texts = [None] * world()
+    dist.all_gather_object(texts, json.dumps(found.to_dict()))
+    assert len({*texts}) == 1
+    by_code = {finding.code: finding for finding in found.findings}
+    assert by_code["BN605"].measured.startswith(f"running_mean {expected[0]:.2g} sd")
+    assert (expected[1] > 0.1) == ("running_var" in by_code["BN605"].measured)
+    assert "inputs differs between ranks by" in by_code["BN601"].measured
+    assert "BN604" in found.checked
+    assert {"BN604", "BN605"}.isdisjoint(found.not_checked)
+    assert "256 examples in 4 batches on ranks" in found.data
+    (difference, *_) = bn.check_replicas(model).differences
+    assert abs(difference.in_sd - expected[0]) < 1e-9
+    return expected
+
+
+@check(2)
+def examine_finds_copies_that_differ_on_every_rank() -> object:
+    model = network()
+    if rank():
+        model[1].eps, model[1].weight.data[0] = 0.1, 3.0
+        model[1].eval()
+    found = bn.examine(model, group="all")
+    measured = {finding.measured for finding in found.findings if finding.code == "BN604"}
+    assert measured == {
+        "training: True on rank 0; False on rank 1",
+        "eps: 1e-05 on rank 0; 0.1 on rank 1",
+        "weight: version 1 on rank 0; version 2 on rank 1, by up to 2",
+    }
+    longer = network() if rank() else nn.Sequential(*network(), nn.BatchNorm1d(2))
+    (layers,) = [f for f in bn.examine(longer, group="all").findings if f.code == "BN604"]
+    assert layers.measured == "layer 2 in order: '4' on rank 0; no layer on rank 1"
+    only = [f for f in bn.examine(model, group="all").findings if f.measured.endswith(" on rank 1")]
+    assert only  # findings of one rank say so
+    return sorted(measured)
+
+
+@check(2, 3)
+def a_rank_that_fails_in_examine_stops_no_other() -> None:
+    group = dist.group.WORLD
+    model = network() if rank() != 1 else "model.pt"
+    text = message((ValueError, RuntimeError), bn.examine, model, group=group)
+    assert ("got a file" in text) if rank() == 1 else text.startswith("examine failed on rank 1; on rank 1: ValueError")
+    bad = [torch.randn(8, 5 if rank() == 1 else 4) for _ in range(2)]
+    text = message((ValueError, RuntimeError), bn.examine, network(), bad, group=group)
+    assert ("expected 4 features" in text) if rank() == 1 else ("examine failed on rank 1" in text)
+    assert bn.examine(network(), data_of(0), group=group).ok
+
+
+@check(2)
+def examine_without_a_group_waits_for_nobody_though_the_model_is_wrapped() -> None:
+    model = nn.parallel.DistributedDataParallel(network())
+    if rank() == 0:
+        found = bn.examine(model, data_of(0))
+        assert "BN604" in found.not_checked
+        assert "group=" in found.not_checked["BN604"]
+    dist.barrier()
+    found = bn.examine(model, data_of(rank())[: 2 + rank()], group="all")
+    assert found.data == "128 examples in 2 batches on rank 0; 192 examples in 3 batches on rank 1"
+    assert {f.code for f in found.findings} >= {"BN601"}
+    model(data_of(rank())[0]).sum().backward()  # the wrapper exchanges again
+    gradients = [torch.empty_like(p) for p in [model.module[0].weight] * 2]
+    dist.all_gather(gradients, model.module[0].weight.grad)
+    assert gradients[0].equal(gradients[1])
+
+
 def main(*names: str, checks: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = CHECKS) -> None:
     """Run the checks, or those with these names, and print what came out of each as JSON."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))

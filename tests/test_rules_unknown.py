@@ -12,9 +12,10 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.doctor import examine
+from batchnorm.replicas import Replicas
 from batchnorm.rules import RULES
 from batchnorm.rules.finding import by_reason
-from batchnorm.rules.rule_evidence import Graph, Loop, OtherVersion, Run, Structure
+from batchnorm.rules.rule_evidence import Graph, Loop, OtherVersion, Ranks, Run, Structure
 
 FULL = replace(
     HEALTHY, graph=Graph(calls={"bn": 1}), structure=Structure(training=False), run=Run(updates_forward={"bn": 1})
@@ -31,6 +32,7 @@ UNTOLD = replace(FULL, modules={"bn": replace(MODULE, tells=False)})
 UNMEASURED = replace(FULL, measured={})
 PARTLY = replace(FULL, run=replace(FULL.run, unmeasured={"bn": "its input is sparse"}))
 UNTRACED = replace(FULL, graph=Graph(calls={"bn": 1}, unread={"": "control flow"}))
+SPREAD = replace(FULL, ranks=Ranks(Replicas((0, 1), 1, (), ("'bn' weight is spread over ranks (rank 0)",))))
 STORED_RULES = [code for code, rule in RULES.items() if rule.needs == ("stored",) and code != "BN503"]
 
 # each with a word of the reason
@@ -79,6 +81,8 @@ BLIND = {
     "BN601": [(replace(FULL, structure=None), "a model")],
     "BN602": [(UNTOLD, "its settings cannot be read")],
     "BN603": [(replace(FULL, structure=None), "a model")],
+    "BN604": [(FULL, "group="), (SPREAD, "spread over ranks")],
+    "BN605": [(FULL, "group="), (SPREAD, "spread over ranks")],
     "BN901": [(replace(FULL, environment=None), "the environment")],
     "BN902": [(replace(FULL, environment=None), "the environment")],
 }  # fmt: skip

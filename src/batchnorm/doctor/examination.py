@@ -8,7 +8,7 @@ import platform
 import time
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from batchnorm import checkpoint
 from batchnorm.checkpoint.states_in_file import with_state
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.distributed import ProcessGroup
 
     from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.rules.finding import Finding, Rule, Unknown
@@ -75,6 +76,7 @@ def examine(
     optimizer: torch.optim.Optimizer | None = None, batch_size: int | None = None, accumulation: int = 1,
     world_size: int = 1, reference: nn.Module | str | os.PathLike[str] | None = None,
     selection: Selection | None = None, max_examples: int = MAX_EXAMPLES, name: str = "", state: str = "",
+    group: ProcessGroup | Literal["all"] | None = None,
 ) -> Diagnosis:  # fmt: skip
     """Examine batch norm in a file or model by the rules that ``batchnorm rules`` lists.
 
@@ -85,6 +87,11 @@ def examine(
 
     A model is examined as it is. With data it also runs, in eval mode and in train mode. Afterwards its parameters,
     buffers, training flags, hooks, gradients and the random states are as before, bit for bit, also after an error.
+
+    Without ``group`` no rank waits for another, also if the model is wrapped by DistributedDataParallel; only a model
+    that is sharded (FSDP) needs the same call on every rank. With ``group`` every rank of it must call ``examine``,
+    each with its own data. The ranks' copies and data are compared (BN6), and every rank gets the same diagnosis; its
+    findings say on which ranks they are. If a rank raises, the others raise a RuntimeError that names it.
 
     Args:
         target: A file (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model.
@@ -99,14 +106,20 @@ def examine(
         max_examples: Largest number of examples to measure on.
         name: Name of the target in the result; by default its path or class.
         state: The path of one state of a file; by default all states are examined.
+        group: Processes to examine together: "all", or a ``ProcessGroup`` such as torch.distributed.group.WORLD; for a
+            model only. ``world_size`` is then the number of its processes. "all" without an initialized process group
+            is this process alone.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If the target is neither a path nor an ``nn.Module``, or is a model of torch.jit.freeze; if a setting
-            is not a whole number; or if the optimizer, the reference or a layer's batchnorm_ignore has a wrong type.
+            is not a whole number; or if the optimizer, the reference, the group or a layer's batchnorm_ignore has a
+            wrong type.
         ValueError: If the file is not a checkpoint or has no such state; if data, an example, an optimizer or a
-            reference are given for a file, or a state for a model; if a setting is out of range; or if a layer's
-            batchnorm_ignore names no rule.
+            reference are given for a file, or a state for a model; if a setting is out of range; if a layer's
+            batchnorm_ignore names no rule; or if a group is given for a file, without an initialized process group, or
+            on a rank outside of it.
+        RuntimeError: With ``group``, if another rank raised, or an exchange with the other ranks failed.
         Exception: An error of the model on the data in eval mode.
 
     Example:
@@ -116,6 +129,12 @@ def examine(
         >>> [finding.code for finding in examine(sick).findings if finding.layer == "1"]
         ['BN103', 'BN301']
     """
+    if group is not None:
+        return _of_ranks(
+            target, data, group, selection or Selection(), example=example, optimizer=optimizer, batch_size=batch_size,
+            accumulation=accumulation, world_size=world_size, reference=reference, max_examples=max_examples,
+            name=name, state=state,
+        )  # fmt: skip
     started = time.perf_counter()
     _check(batch_size=batch_size, accumulation=accumulation, world_size=world_size, max_examples=max_examples)
     if isinstance(target, (str, os.PathLike)):
@@ -139,6 +158,34 @@ def examine(
     evidence = replace(evidence, environment=environment())
     diagnosis = _diagnosis(evidence, selection or Selection(), state, measured_on, time.perf_counter() - started)
     return _of_state(diagnosis, evidence.file, state) if state and evidence.file else diagnosis
+
+
+def _of_ranks(
+    target: Any,
+    data: Iterable[object] | None,
+    group: ProcessGroup | Literal["all"],
+    selection: Selection,
+    *,
+    state: str,
+    **settings: Any,
+) -> Diagnosis:
+    """``examine`` for the copies of a model on all ranks of a group."""
+    from batchnorm.doctor.measuring.model_evidence import of_model
+    from batchnorm.doctor.rank_diagnoses import of_ranks
+
+    started = time.perf_counter()
+
+    def collect() -> tuple[Evidence, str]:
+        _check(**{name: settings[name] for name in ("batch_size", "accumulation", "world_size", "max_examples")})
+        if state or isinstance(target, (str, os.PathLike)):
+            raise ValueError("examine with group= needs a model on every rank, got a file or a state. Load the file.")
+        evidence, measured_on = of_model(target, data, **settings)
+        return replace(evidence, environment=environment()), measured_on
+
+    def judge(evidence: Evidence, measured_on: str) -> Diagnosis:
+        return _diagnosis(evidence, selection, "", measured_on, time.perf_counter() - started)
+
+    return of_ranks(target, group, collect, judge)
 
 
 def _of_file(path: str | os.PathLike[str], state: str, name: str) -> tuple[Evidence, str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.instruments.training_events import TrainingEvent, not_watching
 from batchnorm.processes.notices import Notices
@@ -84,18 +85,29 @@ class RankComparison:
         self._unheard: set[int] = set()  # ranks that were reported as not watching
         self._broken: set[int] = set()  # ranks whose NaN was reported
 
-    def is_due(self, step: int) -> bool:
-        """Whether all ranks leave a copy after this step of the training."""
-        return step % self._every == 0 or (step == _FIRST < self._every)
+    def stepped(self, step: int, schedule: Schedule) -> Found:
+        """Leave this rank's copy if one is due after this step of the training; otherwise look for those of others.
 
-    def left(self, step: int) -> Found:
+        A copy that would bring the cost above the budget is not made: then this rank is missing from a comparison.
+
+        Raises:
+            RuntimeError: If the store of the process group fails.
+        """
+        if not (step % self._every == 0 or (step == _FIRST < self._every)):
+            return self._looked(step)
+        if not schedule.affords("ranks"):
+            return None, []
+        with schedule.looking("ranks"):
+            return self._left(step)
+
+    def _left(self, step: int) -> Found:
         """Leave this rank's copy; on the first rank, first compare the copies of the step before, complete or not."""
         found = self._compared() if self._notices.is_first and self._open is not None else (None, [])
         self._notices.leave(self._number(step), Statistics.of(step, self._layers).packed())
         self._open = step
         return found
 
-    def looked(self, step: int) -> Found:
+    def _looked(self, step: int) -> Found:
         """Compare the copies of all ranks if they are there; looks 1, 2, 4, 8, ... steps after they were left."""
         waited = step - (self._open or step)
         if not self._notices.is_first or self._open is None or waited & (waited - 1):

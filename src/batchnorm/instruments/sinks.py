@@ -45,6 +45,7 @@ class Outlets:
         self._log, self._sinks = log, list(sinks)
         self._writer: Writer | None = None
         self._noted: dict[str, tuple[float | Tensor, int]] = {}  # name -> sum and count of the user's numbers
+        self.unsaid: list[str] = []  # messages to warn of at the end, without a log
         self._no_numbers: dict[str, str] = {}  # name -> kind of a logged value that is no number
 
     @property
@@ -88,11 +89,19 @@ class Outlets:
             except Exception:  # noqa: BLE001 - a value may raise anything
                 self._no_numbers.setdefault(name, _kind(value))
 
-    def no_numbers(self) -> dict[str, str]:
-        """Name -> kind of logged values that are no numbers, each name once; None values are left out."""
-        kinds = {name: kind for name, kind in self._no_numbers.items() if kind}
+    def tell_left_out(self, step: int) -> None:
+        """Report the logged values that are no numbers, each name once; None values are not reported."""
+        if kinds := {name: kind for name, kind in self._no_numbers.items() if kind}:
+            named = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            self.tell(step, f"logged values were left out, since each is no single number: {named}")
         self._no_numbers = dict.fromkeys(self._no_numbers, "")
-        return kinds
+
+    def tell(self, step: int, message: str) -> None:
+        """Write an event to the log; without a log, keep the message in ``unsaid``."""
+        if self._writer is not None:
+            self._writer.event(step, message)
+        else:
+            self.unsaid.append(f"watch: {message}.")
 
     def record(self, record: Record) -> None:
         """Send a record to the log and to all sinks."""

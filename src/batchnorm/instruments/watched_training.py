@@ -124,7 +124,6 @@ class Watch:
         if probe is not None and probe is not False:
             self._probe = Probe.of_batch(on_device_of(self._model, probe, who="watch"), loss)
         self._events = Events()
-        self._unsaid: list[str] = []  # messages to warn of at the end, without a log
         self._pulse = time.perf_counter()
         self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
@@ -166,12 +165,12 @@ class Watch:
             self._release(reason)
             return
         self._guarded(self._finish)
-        self._guarded(self._tell_left_out)
+        self._outlets.tell_left_out(self.steps)
         if self.steps == self._began:
-            self._unsaid.append(no_steps(self._foreign))
+            self._outlets.unsaid.append(no_steps(self._foreign))
         self._release(reason)
-        while self._unsaid:
-            _warn(self._unsaid.pop())
+        while self._outlets.unsaid:
+            _warn(self._outlets.unsaid.pop())
 
     @property
     def latest(self) -> Record:
@@ -206,7 +205,7 @@ class Watch:
         by_name = dict(values) if isinstance(values, Mapping) else {} if values is None else {"values": values}
         self._outlets.note({**{str(name): value for name, value in by_name.items()}, **more})
         if self._outlets.has_log:
-            self._guarded(self._tell_left_out)
+            self._guarded(lambda: self._outlets.tell_left_out(self.steps))
 
     def lab(self, values: Mapping[str, Mapping[str, float]] | None = None, **model: float) -> None:
         """Record numbers that you measured at this step.
@@ -278,20 +277,14 @@ class Watch:
             self._beat()
 
     def _compare_ranks(self) -> None:
-        """Leave this rank's stored statistics for the first rank, or compare what the others left."""
         if self._ranks is None:
             return
-        step = self.steps - self._began
         try:
-            if not self._ranks.is_due(step):
-                self._note_ranks(self._ranks.looked(step))
-            elif self._schedule.affords("ranks"):
-                with self._schedule.looking("ranks"):
-                    self._note_ranks(self._ranks.left(step))
+            self._note_ranks(self._ranks.stepped(self.steps - self._began, self._schedule))
         except RuntimeError as error:  # the store of the process group; the measurement needs no other rank
             self._ranks.end()
             self._ranks = None
-            self._tell(f"the stored statistics of ranks are no longer compared: {error}")
+            self._outlets.tell(self.steps, f"the stored statistics of ranks are no longer compared: {error}")
 
     def _note_ranks(self, found: tuple[Record | None, list[TrainingEvent]]) -> None:
         record, events = found
@@ -330,17 +323,14 @@ class Watch:
         if self._looks is not None:
             return
         layers = Layers(with_shape(self._model, "watch"))
-        steps = None if self._follows else self._open_log(layers)
+        about = {"window": WINDOW, **self._schedule.about()}
+        steps = None if self._follows else self._outlets.open(self._model, layers, about, self._group)
         self.steps = self._began = self.steps if steps is None else steps
         self._looks = Looks(layers, Passes(self._outer, layers, self._guarded), self._events)
         if self._group is not None and self._ranks is None:
             self._ranks = RankComparison(self._group, layers, self._schedule.every)
         if not self._follows:
             self._open_window()
-
-    def _open_log(self, layers: Layers) -> int | None:
-        about = {"window": WINDOW, **self._schedule.about()}
-        return self._outlets.open(self._model, layers, about, self._group)
 
     def _look(self) -> None:
         with self._schedule.looking("free"):
@@ -407,19 +397,6 @@ class Watch:
             self._ranks.end()
         self._ranks = None  # it keeps the store of the process group open
         self._looks = None  # a second start opens the log again
-
-    def _tell_left_out(self) -> None:
-        """Report the logged values that are no numbers, each name once."""
-        if kinds := self._outlets.no_numbers():
-            named = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            self._tell(f"logged values were left out, since each is no single number: {named}")
-
-    def _tell(self, message: str) -> None:
-        """Write an event to the log; without a log, warn at the end."""
-        if self._outlets.has_log:
-            self._outlets.event(self.steps, message)
-        else:
-            self._unsaid.append(f"watch: {message}.")
 
 
 _warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=3)

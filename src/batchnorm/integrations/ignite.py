@@ -22,7 +22,8 @@ def attach(engine: Engine, model: nn.Module, **watch: Unpack[WatchArguments]) ->
     Args:
         engine: The engine that trains.
         model: The model that the engine trains.
-        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss``, ``sinks`` and
+            ``group``.
 
     Raises:
         ModuleNotFoundError: If ignite is not installed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -61,7 +62,7 @@ def layers_of(model: nn.Module, caller: str) -> dict[str, Any]:
     return find(unwrapped(model))
 
 
-def described(layers: dict[str, Any], *, with_bits: bool) -> list[Description]:
+def described(layers: Mapping[str, Any], *, with_bits: bool) -> list[Description]:
     """A description of each layer, in the order of the model; settings and digests only ``with_bits``."""
     return [
         Description(
@@ -93,7 +94,7 @@ def bits(tensor: Tensor) -> Tensor:
     return local.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def compared(value: object, ranks: list[int], group: ProcessGroup | None, caller: str) -> list[Any]:
+def compared(value: object, ranks: Sequence[int], group: ProcessGroup | None, caller: str) -> list[Any]:
     """The values of all ranks, of any size, in rank order; every rank must call this.
 
     Raises:

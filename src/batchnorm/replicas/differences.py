@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.processes.membership import ranks_as_words, ranks_of, values_by_rank
+from batchnorm.processes.stored_differences import differences_in_sd
 from batchnorm.replicas.descriptions import Content, Description, compared, described, layers_of
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 @final
@@ -26,12 +29,22 @@ class Difference:
             "version 1", "version 2" and so on: ranks of one version have the same bits.
         largest: The largest absolute difference of a value of the tensor from that of the first rank; NaN if one is NaN
             where the other is not. None for other things.
+        in_sd: For running_mean and running_var, how far the ranks differ in standard deviations of the layer's inputs:
+            the rms over channels of ``processes.stored_differences``. NaN if a rank has NaN. None for other things, and
+            for complex layers.
     """
 
     layer: str
     what: str
     values: tuple[str, ...]
     largest: float | None = None
+    in_sd: float | None = None
+
+    def words(self, ranks: Sequence[int]) -> str:
+        """What each of these ranks has, without the layer: "eps: 1e-05 on rank 0; 0.001 on rank 1"."""
+        in_sd = "" if self.in_sd is None else f" ({self.in_sd:.2g} sd)"
+        largest = "" if self.largest is None else f", by up to {self.largest:.3g}{in_sd}"
+        return f"{self.what}: {values_by_rank(ranks, self.values)}{largest}"
 
 
 @final
@@ -59,13 +72,9 @@ class Replicas:
     def __str__(self) -> str:
         ranks, different = ranks_as_words(self.ranks), len(self.differences) or "no"
         head = f"{self.count} batch norm layers on {ranks}: {different} differences"
-        lines = [f"  {self._line(each)}" for each in self.differences]
+        lines = [f"  {each.layer!r} {each.words(self.ranks)}" if each.layer else f"  {each.words(self.ranks)}"
+                 for each in self.differences]  # fmt: skip
         return "\n".join([head, *lines, *(f"  not compared: {each}" for each in self.unchecked)])
-
-    def _line(self, difference: Difference) -> str:
-        values = values_by_rank(self.ranks, difference.values)
-        largest = "" if difference.largest is None else f", by up to {difference.largest:.3g}"
-        return f"{f'{difference.layer!r} ' if difference.layer else ''}{difference.what}: {values}{largest}"
 
 
 def check_replicas(model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> Replicas:
@@ -89,14 +98,22 @@ def check_replicas(model: nn.Module, group: torch.distributed.ProcessGroup | Non
         1 batch norm layers on rank 0: no differences
     """
     ranks = ranks_of(group, "check_replicas")
-    layers = layers_of(model, "check_replicas")
-    of_ranks = compared(described(layers, with_bits=True), ranks, group, "check_replicas")
+    return compare_layers(layers_of(model, "check_replicas"), ranks, group, "check_replicas")
+
+
+def compare_layers(
+    layers: Mapping[str, Any], ranks: Sequence[int], group: torch.distributed.ProcessGroup | None, caller: str
+) -> Replicas:
+    """``check_replicas`` for layers by path; every rank must call this, with any layers."""
+    of_ranks = compared(described(layers, with_bits=True), ranks, group, caller)
     found = [*differences(of_ranks)]
-    unequal = [(each.layer, each.what) for each in found if each.largest is not None]
-    if unequal:  # the same list on all ranks
-        own = {key: getattr(layers[key[0]], key[1]).detach().cpu() for key in unequal}
-        tensors = compared(own, ranks, group, "check_replicas")
-        found = [_measured(each, [by_key.get((each.layer, each.what)) for by_key in tensors]) for each in found]
+    unequal = {(each.layer, each.what): None for each in found if each.largest is not None}
+    if unequal:  # the same on all ranks
+        units = [(path, name) for path, what in unequal if what in _STATISTICS for name in _STATISTICS]
+        own = {key: _values(layers[key[0]], key[1]) for key in [*unequal, *units]}
+        eps = {path: float(getattr(layers[path], "eps", 0.0)) for path, _ in units}
+        tensors = compared(own, ranks, group, caller)
+        found = [_measured(each, tensors, eps.get(each.layer, 0.0)) for each in found]
     return Replicas(tuple(ranks), len(of_ranks[0]), tuple(found), tuple(_unchecked(of_ranks, ranks)))
 
 
@@ -132,12 +149,28 @@ def _alike(contents: list[Content]) -> tuple[str, ...]:
     return tuple(f"version {1 + versions.index(content.digest)}" for content in contents)
 
 
-def _measured(difference: Difference, tensors: list[Tensor]) -> Difference:
-    if difference.largest is None:
-        return difference
-    first, *others = tensors
+def _values(layer: Any, name: str) -> Tensor | None:
+    tensor = getattr(layer, name, None)
+    return tensor.detach().cpu() if isinstance(tensor, Tensor) else None
+
+
+def _measured(found: Difference, tensors: Sequence[Mapping[tuple[str, str], Tensor]], eps: float) -> Difference:
+    if found.largest is None:
+        return found
+    first, *others = (by_key[found.layer, found.what] for by_key in tensors)
     largest = torch.stack([_largest(first, other) for other in others]).max()
-    return Difference(difference.layer, difference.what, difference.values, float(largest))
+    return replace(found, largest=float(largest), in_sd=_in_sd(found, tensors, eps))
+
+
+def _in_sd(found: Difference, tensors: Sequence[Mapping[tuple[str, str], Tensor]], eps: float) -> float | None:
+    if found.what not in _STATISTICS:
+        return None
+    columns = [[by_key[found.layer, name] for by_key in tensors] for name in _STATISTICS]
+    if any(t is None or t.is_complex() or t.shape != columns[0][0].shape for each in columns for t in each):
+        return None
+    means, variances = (torch.stack(each).double() for each in columns)
+    by_means, by_sds = differences_in_sd(means, variances, eps)
+    return float((by_means if found.what == _STATISTICS[0] else by_sds).square().mean().sqrt())
 
 
 def _largest(a: Tensor, b: Tensor) -> Tensor:
@@ -145,7 +178,7 @@ def _largest(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(same, 0.0, (a.double() - b.double()).abs()).max()
 
 
-def _unchecked(of_ranks: list[list[Description]], ranks: list[int]) -> Iterator[str]:
+def _unchecked(of_ranks: list[list[Description]], ranks: Sequence[int]) -> Iterator[str]:
     """The tensors whose values some rank cannot read, once each."""
     seen: set[tuple[str, str]] = set()
     for rank, layers in zip(ranks, of_ranks, strict=True):

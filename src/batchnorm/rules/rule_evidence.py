@@ -2,7 +2,7 @@
 
 A part that was not examined is None, and ``unknown`` may have the reason. A file gives ``stored`` and ``file``. A model
 gives ``stored``, ``modules``, ``structure`` and, if its code can be traced, ``graph``. Data add ``measured`` and
-``run``, the training loop's settings add ``loop``.
+``run``, the training loop's settings add ``loop``, several processes ``ranks``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
+    from batchnorm.replicas.differences import Replicas
 
 _REASONS = {
     "file": "needs a file",
@@ -28,6 +29,7 @@ _REASONS = {
     "optimizer": "needs the optimizer",
     "reference": "needs a reference to compare with",
     "environment": "needs the environment",
+    "ranks": "needs several processes that call examine with group=",
 }
 
 
@@ -190,6 +192,24 @@ class OtherVersion:
 
 @final
 @dataclass(frozen=True, slots=True)
+class InputsApart:
+    """How far the inputs of a layer differ between ranks, each measured on its own data."""
+
+    in_sd: float  # rms over channels of the largest difference of two ranks' means, in sd
+    examples: int  # the smallest number of examples of a rank
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The copies of a model on the ranks of a process group, compared; the same on every rank."""
+
+    replicas: Replicas
+    inputs: Mapping[str, InputsApart] = field(default_factory=dict)  # by layer, of those that every rank measured
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Environment:
     """The Python environment of the process."""
 
@@ -215,6 +235,7 @@ class Evidence:
     optimizer: Optimizer | None = None
     reference: OtherVersion | None = None
     environment: Environment | None = None
+    ranks: Ranks | None = None
     unknown: Mapping[str, str] = field(default_factory=dict)  # part: why it is None although its input was given
 
     @property

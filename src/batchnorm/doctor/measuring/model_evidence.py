@@ -20,6 +20,7 @@ from batchnorm.doctor.measuring.other_version import reference_of
 from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen
 from batchnorm.processes import is_synchronized
+from batchnorm.processes.wrappers import unsynchronized
 from batchnorm.rules.codes import codes
 from batchnorm.rules.rule_evidence import Evidence, Graph, Module, Optimizer, Structure
 from batchnorm.surgery.rewriting import dropped
@@ -39,11 +40,13 @@ def of_model(
             "examine needs a model made of modules, got a model from torch.jit.freeze. Examine it before torch.jit."
         )
     measured, run, words, first = None, None, "", None
-    if data is not None:
-        measured, run, words, first = measure(model, data, max_examples=max_examples)
-    if example is None:
-        example = first
-    graph, why_not = _graph_of(model, example)
+    with unsynchronized(model):
+        if data is not None:
+            measured, run, words, first = measure(model, data, max_examples=max_examples)
+        if example is None:
+            example = first
+        graph, why_not = _graph_of(model, example)
+        other = None if reference is None else reference_of(model, reference, example)
     return Evidence(
         name or type(model).__name__,
         stored={path: stored_of(path, layer) for path, layer in layers_of(model).items()},
@@ -54,7 +57,7 @@ def of_model(
         run=run,
         loop=loop_of(data, batch_size=batch_size, accumulation=accumulation, world_size=world_size),
         optimizer=None if optimizer is None else optimizer_of(model, optimizer),
-        reference=None if reference is None else reference_of(model, reference, example),
+        reference=other,
         unknown={"graph": why_not} if why_not else {},
     ), words
 
