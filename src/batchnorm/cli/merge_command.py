@@ -1,7 +1,12 @@
-"""``batchnorm merge``: write one checkpoint from several, with the batch norm statistics of all their data."""
+"""``batchnorm merge``: write one checkpoint from several, with the batch norm statistics of all their data.
+
+Or one run log from those of replicas. Both make one thing from what replicas of one network left, so they are one
+command; the inputs say which it is.
+"""
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +17,7 @@ from batchnorm.cli.coloring import show
 from batchnorm.cli.model_address import require_torch
 from batchnorm.cli.output_files import free
 from batchnorm.cli.preconditions import check_writable
+from batchnorm.files.remote import is_remote
 from batchnorm.reporting.command_line import file_word
 from batchnorm.reporting.text import columns
 
@@ -30,7 +36,7 @@ _COUNTS = "numbers with commas between them, one for each file: --counts 50000,2
 
 @click.command()
 @click.argument("files", nargs=-1, metavar="FILE FILE [FILE]...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @click.option("--counts", metavar="N,N,...", help="Values per channel behind each file.  [default: files count alike]")
 @click.option(
     "--local", multiple=True, metavar="WHAT",
@@ -50,8 +56,16 @@ def merge(
     suffix. The merged variance has the variance between the files, which a mean of variances loses. A file with count 0
     is left out.
 
+    If FILEs are run logs, they are merged into one log, a folder: folders that watch(model, log=FOLDER) wrote, patterns
+    such as "runs/*", or addresses such as "s3://bucket/runs/*". Only -o applies to logs. Logs of other models are
+    refused; each replica and step counts once. batchnorm watch shows the merged log.
+
     Exit codes: 0 the file was written, 2 the command could not run.
     """
+    if files and all(map(_is_log, files)):
+        _refuse_for_logs(counts=counts, local=local, keep_weights=keep_weights, biased=biased, state=state, force=force)
+        _merge_logs(files, output)
+        return
     numbers = _numbers(counts)
     place = _checked(files, output, force=force)
     require_torch("batchnorm merge")
@@ -64,6 +78,29 @@ def merge(
     )  # fmt: skip
     merged_files.write(result, place)
     show(_told(states, counts, place, size=len(result), agree=agree))
+
+
+def _is_log(name: str) -> bool:
+    """Whether an input is a place of run logs: a remote address, a folder, its stream, or a pattern of them."""
+    if is_remote(name) or Path(name).is_dir() or Path(name).name == "record.jsonl":
+        return True
+    return not Path(name).exists() and any(Path(each).is_dir() for each in glob(name))  # noqa: PTH207 - any path
+
+
+def _refuse_for_logs(**options: object) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be used with run logs. Leave out {' and '.join(given)}.")
+
+
+def _merge_logs(addresses: Sequence[str], output: Path) -> None:
+    from batchnorm.record import merge_logs
+    from batchnorm.reporting.text import many, wrapped
+
+    merged = merge_logs(addresses, output)
+    words = f"merged the logs of {many(len(merged.replicas), 'replica')}: {many(merged.looks, 'look')}"
+    lines = [words, *merged.notes, f"wrote {output}", f"next: batchnorm watch {file_word(str(output))}"]
+    show("\n".join(line for each in lines for line in wrapped(each, columns(), 2)))
 
 
 def _numbers(counts: str | None) -> list[float] | None:

@@ -36,7 +36,9 @@ def status(log: Log) -> dict[str, JsonValue]:
 
 
 def measured_on(start: Mapping[str, JsonValue]) -> str:
-    """Whose batches a log describes, such as "rank 0 of 4"; "" if its training has one process."""
+    """Whose batches a log describes, such as "rank 0 of 4" or "3 replicas"; "" if its training has one process."""
+    if isinstance(replicas := start.get("replicas"), list):
+        return f"{len(replicas)} replicas"
     ranks, rank = start.get("ranks"), start.get("rank")
     if not isinstance(ranks, list) or not is_step(rank):
         return ""

@@ -16,12 +16,13 @@ Kinds of lines; the first key is always ``kind`` (docs/record.md lists the field
     event     step, layer, message, and the code of a rule of the doctor if there is one
     end       step, cost, and the reason for the end
 
-This package does not import torch.
+``merge_logs`` merges the logs of replicas. This package does not import torch.
 """
 
 from batchnorm.record.log_entry import Record
+from batchnorm.record.log_merging import MergedLogs, merge_logs
 from batchnorm.record.log_reading import Log
 from batchnorm.record.log_writing import SCHEMA_VERSION, Writer
 from batchnorm.record.quantities import QUANTITIES, Quantity
 
-__all__ = ["QUANTITIES", "SCHEMA_VERSION", "Log", "Quantity", "Record", "Writer"]
+__all__ = ["QUANTITIES", "SCHEMA_VERSION", "Log", "MergedLogs", "Quantity", "Record", "Writer", "merge_logs"]

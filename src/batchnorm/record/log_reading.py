@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -96,6 +97,20 @@ class Log:
         """The last ``start`` line; {} if there is none yet."""
         rows = self.rows("start")
         return rows[-1] if rows else {}
+
+    @property
+    def identity(self) -> str:
+        """The id of the log, which its copies and continuations share; of older logs a digest of the first line."""
+        given = self.start.get("id")
+        if isinstance(given, str) and given:
+            return given
+        with self._path.open("rb") as file:
+            return hashlib.sha256(file.readline()).hexdigest()[:32]
+
+    @property
+    def unfinished(self) -> int:
+        """Number of bytes behind the last newline: a line that is being written, or that was cut off."""
+        return max(0, self._path.stat().st_size - self._size)
 
     @property
     def layers(self) -> tuple[str, ...]:

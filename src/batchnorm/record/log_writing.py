@@ -9,12 +9,14 @@ import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 from weakref import WeakSet
 
 from batchnorm.files.locks import lock, unlock
 from batchnorm.files.whole import replacing
 from batchnorm.record.log_entry import Described, JsonValue, Line, Record, plain
 from batchnorm.record.log_reading import ARRAYS, STREAM, Log
+from batchnorm.record.quantities import quantities_hash
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,6 +56,7 @@ class Writer:
         self.layers = tuple(layer["name"] for layer in layers)
         self.failures = 0
         self.step = 0
+        self._id = uuid4().hex  # of the log; its copies and continuations share it
         self._torn = False
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / STREAM
@@ -62,7 +65,10 @@ class Writer:
         try:
             lock(self._file, _LOCKED.format(folder=self.folder))
             self._continue(path, layers)
-            first = {"schema_version": SCHEMA_VERSION, "time": time.time(), "layers": list(layers), **about}
+            first = {
+                "schema_version": SCHEMA_VERSION, "id": self._id, "time": time.time(), "quantities": quantities_hash(),
+                "layers": list(layers), **about,
+            }  # fmt: skip
             self._append("start", first, must=True)
         except BaseException:
             self.close()
@@ -75,9 +81,10 @@ class Writer:
             file.seek(-1, os.SEEK_END)
             self._torn = file.read(1) != b"\n"  # a torn last line must not be continued
         log = Log(self.folder)
-        if difference := _difference(log.start.get("layers") or [], layers):
+        if difference := difference_of_layers(log.start.get("layers") or [], layers):
             raise ValueError(f"{self.folder} has the log of another model ({difference}). Choose a new folder.")
         self.step = log.step
+        self._id = log.identity if log.start else self._id
 
     def write(self, record: Record) -> None:
         """If the record has arrays, write their file and append an ``arrays`` line; then append the record."""
@@ -95,6 +102,10 @@ class Writer:
         self._append(
             "event", {"step": step, "seconds": round(time.time(), 2), "code": code, "layer": layer, "message": message}
         )
+
+    def copy(self, kind: str, fields: Line) -> None:
+        """Append a line of another log."""
+        self._append(kind, {key: value for key, value in fields.items() if key != "kind"})
 
     def end(self, step: int, reason: str, **about: JsonValue) -> None:
         """Append the ``end`` line, and close the log."""
@@ -163,12 +174,21 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.clip(np.asarray(values, dtype=np.float64), -most, most).astype(np.float16))
 
 
-def _difference(old_layers: Sequence[Described], new_layers: Sequence[Described]) -> str:
-    """How the layers of a log differ from the present layers; "" if they are equal, or if the log names no layers."""
+def difference_of_layers(
+    old_layers: Sequence[Described], new_layers: Sequence[Described], keys: Sequence[str] = _ALIKE
+) -> str:
+    """How the layers of a log differ from other layers; "" if they are equal, or if the log names no layers.
+
+    Keys that only one of two layers has are not compared.
+    """
     if old_layers and len(old_layers) != len(new_layers):
         return f"{len(old_layers)} layers, expected {len(new_layers)}"
     for old, new in zip(old_layers, new_layers, strict=False):
-        if any(old.get(key, new.get(key)) != new.get(key, old.get(key)) for key in _ALIKE):
+        unequal = [key for key in keys if old.get(key, new.get(key)) != new.get(key, old.get(key))]
+        if unequal and set(unequal).isdisjoint(_ALIKE):
+            key = unequal[0]
+            return f"{key} {old.get(key)} of {_described(old)}, expected {new.get(key)}"
+        if unequal:
             return f"{_described(old)}, expected {_described(new)}"
     return ""
 

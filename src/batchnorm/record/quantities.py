@@ -5,7 +5,10 @@ The formulas are derived in the modules of ``instruments``. Charts and pages sho
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cache
 
 from batchnorm.files.room_tables import Table, room_table
 
@@ -25,6 +28,8 @@ class Quantity:
         source: The paper or the statistics behind it; "" if there is none.
         of: "layer" or "model".
         good: The value of a healthy layer; None if there is no such value.
+        merges: How values of replicas are joined when their logs are merged: "mean", "rms", "harmonic", "odds" or
+            "largest", which ``joined_values`` defines; "each" if only the replica itself has a meaningful value.
     """
 
     title: str
@@ -37,6 +42,7 @@ class Quantity:
     source: str = ""
     of: str = "layer"
     good: float | None = None
+    merges: str = "each"
 
 
 def _read() -> dict[str, Quantity]:
@@ -51,3 +57,10 @@ def _quantity(table: Table, shared: dict[str, str]) -> Quantity:
 
 
 QUANTITIES: dict[str, Quantity] = _read()
+
+
+@cache
+def quantities_hash() -> str:
+    """A digest of the names, units and tiers of all quantities, and of how they are merged."""
+    table = [(name, q.unit, q.tier, q.of, q.merges) for name, q in sorted(QUANTITIES.items())]
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]
