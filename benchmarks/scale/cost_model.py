@@ -1,12 +1,12 @@
-"""The tables of docs/scale.md: python benchmarks/scale/cost_model.py writes them, from measured rates and stated networks.
+"""The tables of docs/scale.md: python benchmarks/scale/cost_model.py writes them, from measured rates and stated nets.
 
-    seconds = start + max(pieces, network, store, merging)
+seconds = start + max(pieces, network, store, merging)
 
-    pieces   bytes / (workers x rate of a core), times ceil(pieces / workers) / (pieces / workers): the last round of
-             pieces leaves workers without work
-    network  bytes / (machines x bytes per second of a machine's network)
-    store    bytes / bytes per second of the object store
-    merging  pieces x seconds for the record of a piece at the one process that merges
+pieces   bytes / (workers x rate of a core), times ceil(pieces / workers) / (pieces / workers): the last round of
+         pieces leaves workers without work
+network  bytes / (machines x bytes per second of a machine's network)
+store    bytes / bytes per second of the object store
+merging  pieces x seconds for the record of a piece at the one process that merges
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _merges(measured: dict[str, Any]) -> Iterator[str]:
 def _time(seconds: float) -> str:
     """A time in the unit that has few digits."""
     for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * size or unit == "s" and seconds >= 1:
+        if seconds >= 2 * size or (unit == "s" and seconds >= 1):
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds * 1e3:.0f} ms"
 

@@ -1,4 +1,4 @@
-"""What one core does: python benchmarks/scale/rates.py. The inputs of cost_model.py, in benchmarks/results/scale-rates.json.
+"""What one core does: python benchmarks/scale/rates.py writes benchmarks/results/scale-rates.json for cost_model.py.
 
 Files of every format are made in a temporary folder and read from the page cache: bytes of files per second with one
 and with two threads, in interleaved rounds; bytes of the statistics of a piece, and the times of merging them and of
@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import save
 
 from batchnorm import bench
+from batchnorm import paired_timing as timing
+from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.engines.merging import merged
 from batchnorm.datasets.ledger import Ledger
 from batchnorm.datasets.measurement import data_statistics
 from batchnorm.datasets.measuring import measure
 from batchnorm.datasets.sources import pieces
-from batchnorm.datasets.blocks import Selection
 from batchnorm.experiment.environment import environment
-from batchnorm import paired_timing as timing
 
 ROUNDS, ROWS, COLUMNS, IMAGES = 5, 1_000_000, 50, 1000
 RANDOM = np.random.default_rng(0)
@@ -64,7 +64,9 @@ def images(folder: Path) -> None:
     """JPEG files of 224 x 224 pixels: noise that was made smooth, which has about the size of photographs."""
     for number in range(IMAGES):
         noise = RANDOM.integers(0, 256, (28, 28, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((224, 224), Image.Resampling.BICUBIC).save(folder / f"{number:05}.jpg", quality=90)
+        Image.fromarray(noise).resize((224, 224), Image.Resampling.BICUBIC).save(
+            folder / f"{number:05}.jpg", quality=90
+        )
 
 
 def _table(rows: int) -> pa.Table:

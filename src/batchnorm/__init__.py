@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from batchnorm.package_version import VERSION
+
 if TYPE_CHECKING:
     from batchnorm.adaptation import Adapter, DomainBank, adapt, adapted
     from batchnorm.allocator import tune_allocator
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from batchnorm.variants.renorm import Ramp, Renorm
     from batchnorm.weight_decay import parameter_groups
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Adapter",

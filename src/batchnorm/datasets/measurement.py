@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, final
 
-from batchnorm import __version__
 from batchnorm.argument_types import require_callable, require_type
 from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.data_statistics import DataStatistics, Source
@@ -19,6 +18,7 @@ from batchnorm.datasets.ledger import Ledger
 from batchnorm.datasets.measuring import measure
 from batchnorm.datasets.sources import Options, pieces
 from batchnorm.files.remote import is_remote
+from batchnorm.package_version import VERSION
 
 if TYPE_CHECKING:
     from batchnorm.datasets.blocks import Piece
@@ -106,7 +106,7 @@ def data_statistics(
 
 def question(selection: Selection) -> Mapping[str, Json]:
     """What a ledger's records answer. The data and how they are read are in the keys of pieces."""
-    return {"columns": list(selection.columns), "by": selection.by, "version": __version__}
+    return {"columns": list(selection.columns), "by": selection.by, "version": VERSION}
 
 
 def measured(

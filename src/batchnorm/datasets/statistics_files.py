@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import batchnorm
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, Source
 from batchnorm.datasets.feature_sums import COUNTS, NUMBERS, FeatureSums
 from batchnorm.files.sidecar import Sidecar
 from batchnorm.files.whole import replacing
+from batchnorm.package_version import VERSION
 from batchnorm.reporting.json_values import Json, to_json
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def to_bytes(statistics: DataStatistics) -> bytes:
     sums = FeatureSums.stacked([part.sums for part in parts])
     tensors = dict(zip(NUMBERS, sums.numbers, strict=True)) | dict(zip(COUNTS, sums.counts, strict=True))
     about = {
-        "package": batchnorm.__version__,
+        "package": VERSION,
         "by": statistics.by,
         "columns": [[name, list(shape)] for name, shape in shapes.items()],
         "groups": list(statistics.groups),
@@ -185,7 +185,7 @@ def as_json(statistics: DataStatistics) -> dict[str, Json]:
     return {
         "kind": "batchnorm.stats",
         "version": _FILE.version,
-        "package": batchnorm.__version__,
+        "package": VERSION,
         "note": _NOTE,
         **_part_as_json(statistics.total),
         "by": statistics.by,

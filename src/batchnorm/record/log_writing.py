@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _ALIKE = ("name", "channels", "kind")  # equal in the log and in the model if the layer is the same
 _LOCKED = (
-    "another process or another watch writes to {folder}. Choose a new folder, or stop the other writer. If it is another "
-    "rank of the same training, call init_process_group before watch."
+    "another process or another watch writes to {folder}. Choose a new folder, or stop the other writer. If it is "
+    "another rank of the same training, call init_process_group before watch."
 )
 _open: WeakSet[Writer] = WeakSet()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from batchnorm import __version__
+from batchnorm.package_version import VERSION
 
 if TYPE_CHECKING:
     from batchnorm.datasets.blocks import Piece
@@ -50,7 +50,7 @@ class Failure:
 Outcome = tuple[int, "DataStatistics | Failure"]
 
 
-def attempt(index: int, piece: Piece, measure: Measure, version: str = __version__) -> Outcome:
+def attempt(index: int, piece: Piece, measure: Measure, version: str = VERSION) -> Outcome:
     """The index and the statistics of a piece, or the error for which it has none.
 
     Args:
@@ -61,9 +61,9 @@ def attempt(index: int, piece: Piece, measure: Measure, version: str = __version
             its statistics might have other bits.
     """
     try:
-        if version != __version__:
+        if version != VERSION:
             raise ModuleNotFoundError(
-                f"expected batchnorm {version} where pieces are measured, got {__version__}. Install the same version."
+                f"expected batchnorm {version} where pieces are measured, got {VERSION}. Install the same version."
             )
         return index, measure(piece)
     except _EXPECTED as error:
