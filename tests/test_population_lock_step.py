@@ -23,8 +23,8 @@ import batchnorm as bn
 from batchnorm import adapt, recalibrate
 from batchnorm.population import layer_by_layer, lock_step
 from batchnorm.population.held_memory import HeldMemory
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.lock_step import digest
-from batchnorm.population.observation import InputMoments
 
 
 def rows(*sizes: int) -> list[torch.Tensor]:

@@ -39,7 +39,7 @@ from batchnorm.argument_types import require_number, require_type, require_whole
 from batchnorm.call_types import Answer, Arguments, Keywords
 from batchnorm.population.absent_numbers import note_absence
 from batchnorm.population.hooks import Hook, detach, seeing
-from batchnorm.population.observation import InputMoments
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_trees import examples_in
 from batchnorm.shift import ShiftMonitor

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.adaptation.layer_statistics import mixed
 from batchnorm.moments import Moments
-from batchnorm.population.observation import InputMoments
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.stored_statistics import Statistics, buffers, store
 
 

@@ -22,8 +22,9 @@ from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.layer_by_layer import LayerMoments, measured, require_memory
-from batchnorm.population.observation import InputMoments, Observation
+from batchnorm.population.observation import Observation
 from batchnorm.population.state_shield import preserve_state
 from batchnorm.population.stored_statistics import Statistics, buffers, store
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, final
 from batchnorm.argument_types import require_whole_number
 from batchnorm.moments import Moments
 from batchnorm.population.free_memory import free_memory
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.lock_step import LockStep, why_not
-from batchnorm.population.observation import InputMoments, Observation, execution_order
+from batchnorm.population.observation import Observation, execution_order
 from batchnorm.population.pool import UnsuitedError
 from batchnorm.population.stored_statistics import Statistics
 
@@ -75,14 +76,17 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
     Raises:
         ValueError: If a channel gets fewer than 2 finite values.
     """
-    stored, pool = Statistics.of(observation.layers), observation.pool
-    if not pool.reason("memory=0 lets no forward wait" if memory == 0 else why_not(observation.model)):
+    stored, pool, finished = Statistics.of(observation.layers), observation.pool, observation.finished
+    why = "memory=0 lets no forward wait" if memory == 0 else why_not(observation.model)
+    if not pool.reason(finished.restarted or why):
         limit = int(free_memory(observation.batches.device) * _SHARE) if memory is None else memory
         found, why = _in_lock_step(LockStep(observation, stored, limit), finish)
         if not pool.reason(why):
             return found, ""
         stored.put(observation.layers)
-    return _with_restarts(observation, finish), pool.reason("")
+        finished.begin_again(pool.reason(""))
+    finished.restarted = pool.reason("")
+    return _with_restarts(observation, finish), finished.restarted
 
 
 def _in_lock_step(forwards: LockStep, finish: Finish) -> tuple[dict[str, InputMoments], str]:
@@ -107,9 +111,19 @@ def _with_restarts(observation: Observation, finish: Finish) -> dict[str, InputM
     # statistics of its first call, which do not depend on its old statistics; then all calls are measured.
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
-            calls = 1 if first_only else most[path]
-            own = observation.with_inputs_of(path, InputMoments(), calls=calls)
-            _, moments[path] = observation.pooled([path], own)
-            observation.require_variance(path, moments[path].moments)
-            finish(path, moments[path])
+            moments[path] = _of_layer(observation, path, finish, 1 if first_only else most[path], first_only=first_only)
     return moments
+
+
+def _of_layer(observation: Observation, path: str, finish: Finish, calls: int, *, first_only: bool) -> InputMoments:
+    """The moments of one layer's inputs, measured in a pass or kept from an earlier run."""
+    kept = observation.kept(path, first_only=first_only)
+    if kept is not None:
+        finish(path, kept)
+        return kept
+    own = observation.with_inputs_of(path, InputMoments(), calls=calls)
+    _, found = observation.pooled([path], own)
+    observation.require_variance(path, found.moments)
+    finish(path, found)
+    observation.keep(path, found, first_only=first_only)
+    return found

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from batchnorm.population.held_memory import HeldMemory
 from batchnorm.population.hooks import seeing
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.model_marks import HookMarks, ModelMarks
-from batchnorm.population.observation import EndForward, InputMoments, Observation
+from batchnorm.population.observation import EndForward, Observation
 from batchnorm.population.pool import Place, UnsuitedError
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state, random_state
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     # called with a layer's path and the moments of all its inputs; stores the layer's statistics
     Finish = Callable[[str, InputMoments], None]
 
+_CONTRADICTION = "forwards enter the layers in orders that contradict each other"
 _BATCHES_CHECKED = 2  # number of batches that run again without waiting
 _SAMPLE = 1024  # least number of values of an input, if it has as many, that are compared one by one
 
@@ -82,6 +84,7 @@ class _Forward:
         at: The layer at which it waits; None if it does not wait.
         part: Moments of the input of that layer.
         digests: Digest of each layer's input in order of calls, for the first two batches; () for others.
+        passed: The layers that it has entered without waiting, since an earlier run finished them.
     """
 
     index: int
@@ -89,6 +92,7 @@ class _Forward:
     at: str | None = None
     part: InputMoments = field(default_factory=InputMoments)
     digests: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -115,6 +119,9 @@ class LockStep:
         self._running: _Forward | None = None
         self._copies: list[Batch] = []  # of the batches that run again
         self._finished: dict[str, InputMoments] = {}
+        self._kept: dict[
+            str, int
+        ] = {}  # layers that an earlier run finished, with their numbers: no forward waits there
         self._order: list[str] | None = None  # execution order of all layers; None if it is not known yet
         self._has_rest = False  # whether some batches' forwards do not wait
         self._is_ending = False
@@ -127,6 +134,7 @@ class LockStep:
             UnsuitedError: If it is not certain that waiting changes nothing.
         """
         try:
+            self._take_kept(finish)
             with seeing(self._view.layers, self._enter, without_padding=True):
                 self._hooks = HookMarks(self._view.model)
                 self._begin()
@@ -139,6 +147,14 @@ class LockStep:
         return self._finished
 
     # starting
+
+    def _take_kept(self, finish: Finish) -> None:
+        """Finish the layers that an earlier run has measured."""
+        for step in self._view.finished.steps:
+            if (found := self._view.kept(step.path)) is not None:
+                finish(step.path, found)
+                self._finished[step.path] = found
+        self._kept = {path: number for number, path in enumerate(self._finished)}
 
     def _begin(self) -> None:
         """Start a forward for each batch, as many as memory allows."""
@@ -219,9 +235,12 @@ class LockStep:
         if self._is_ending:
             raise EndForward
         self._require_thread()
+        if path in self._kept and not forward.digests:
+            self._pass(forward, path)
+            return
         self._require(path not in forward.digests, f"a forward enters {path!r} more than once")
         self._require(self._hooks.are_same(), "a forward attaches or removes hooks")
-        self._require(path not in self._finished, "forwards enter the layers in orders that contradict each other")
+        self._require(path not in self._finished, _CONTRADICTION)
         forward.at, forward.part = path, InputMoments.of(x)
         forward.digests[path] = digest(x, forward.part) if forward.index < _BATCHES_CHECKED else ()
         with self._modes.on():
@@ -229,11 +248,19 @@ class LockStep:
         if self._is_ending:
             raise EndForward
 
+    def _pass(self, forward: _Forward, path: str) -> None:
+        """Note that a forward enters a layer that an earlier run finished."""
+        self._require(path not in forward.passed, f"a forward enters {path!r} more than once")
+        is_later = not forward.passed or self._kept[path] > self._kept[forward.passed[-1]]
+        self._require(is_later, _CONTRADICTION)
+        forward.passed.append(path)
+
     def _go_on(self, finish: Finish) -> None:
         while (layer := self._next()) is not None:
             path, moments = layer
             self._view.require_variance(path, moments.moments)
             finish(path, moments)
+            self._view.keep(path, moments)
             self._finished[path] = moments
             for forward in [each for each in self._forwards if each.at == path]:
                 self._resume(forward)
@@ -263,6 +290,8 @@ class LockStep:
 
     def _waiting_at(self, path: Place) -> InputMoments:
         """The moments of a layer's inputs from the forwards that wait there, in the order of the loader."""
+        if self._view.finished.is_kept:
+            self._prove(path)
         parts = [forward.part for forward in self._forwards if path is not None and forward.at == path]
         return reduce(add, parts, InputMoments())
 
@@ -284,16 +313,26 @@ class LockStep:
 
     # ending
 
-    def _prove(self) -> None:
-        """Run the first two batches without waiting, and compare the inputs of the layers."""
+    def _prove(self, until: Place = None) -> None:
+        """Run the first two batches without waiting, and compare the inputs of the layers.
+
+        Args:
+            until: Only the forwards that wait at this layer run again, and end there, so that the layer can be kept;
+                None: all run to their end.
+        """
         for forward, batch in zip(self._forwards, self._copies, strict=False):
+            if until is not None and forward.at != until:
+                continue
             digests: dict[str, tuple[object, ...]] = {}
 
             def see(path: str, _: nn.Module, x: Tensor, digests: dict[str, tuple[object, ...]] = digests) -> None:
-                digests[path] = digest(x, InputMoments.of(x))
+                if path not in self._kept:
+                    digests[path] = digest(x, InputMoments.of(x))
+                if path == until:
+                    raise EndForward
 
-            with preserve_random_state(), seeing(self._view.layers, see, without_padding=True):
-                self._view.end_early(batch)
+            with preserve_random_state(), self._without_waiting(), seeing(self._view.layers, see, without_padding=True):
+                self._view.end_early(self._view.batches.copy_of(batch))
             is_same = list(digests.items()) == list(forward.digests.items())
             self._require(is_same, "a layer receives other values from a forward that waits")
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import named_absences
 from batchnorm.population.batches import Batches, call
+from batchnorm.population.finished_layers import FinishedLayers, Step
 from batchnorm.population.hooks import seeing
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.pool import Place, Pool
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state
@@ -42,54 +44,6 @@ class EndForward(BaseException):
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
-class InputMoments:
-    """Moments of a layer's inputs; a channel with NaN or infinity in an input does not count for that input.
-
-    Args:
-        moments: Moments of the finite channels of each input, float64; one count for all channels if none was excluded.
-        inputs: Number of inputs with a finite channel.
-        spoiled: Number of inputs with an excluded channel.
-        left_out: For each channel whether it was excluded from an input, (C,); False if no channel was.
-        values: Number of values per channel, including excluded ones.
-    """
-
-    moments: Moments = field(default_factory=Moments.empty)
-    inputs: int = 0
-    spoiled: int = 0
-    left_out: Tensor | bool = False
-    values: int = 0
-
-    @classmethod
-    def of(cls, x: Tensor) -> InputMoments:
-        """Moments of one input, (N, C, ...)."""
-        all_ = Moments.of(x)
-        finite = torch.isfinite(all_.mean) & torch.isfinite(all_.m2)
-        is_spoiled = bool(x.numel()) and not bool(finite.all())
-        values = x.numel() // max(1, x.shape[1])
-        if not is_spoiled:
-            return cls(all_, int(x.numel() > 0), values=values)
-        # with a count of 0 a channel adds nothing in `+`
-        moments = Moments(torch.where(finite, all_.count, 0.0), all_.mean, all_.m2)
-        return cls(moments, int(finite.any()), 1, ~finite, values)
-
-    def to(self, device: torch.device | str) -> InputMoments:
-        """The same on another device."""
-        left_out = self.left_out.to(device) if isinstance(self.left_out, Tensor) else self.left_out
-        return InputMoments(self.moments.to(device), self.inputs, self.spoiled, left_out, self.values)
-
-    def __add__(self, new: InputMoments) -> InputMoments:
-        """Moments of both; the order changes the last bits."""
-        return InputMoments(
-            self.moments + new.moments,
-            self.inputs + new.inputs,
-            self.spoiled + new.spoiled,
-            self.left_out | new.left_out,
-            self.values + new.values,
-        )
-
-
-@final
 @dataclass(eq=False)
 class Observation:
     """A model, its observed layers, and the batches that it runs on.
@@ -101,6 +55,7 @@ class Observation:
         batches: The batches, repeated for each pass, each time from the same random state.
         forward: Called with the model and a batch.
         pool: The processes whose batches count together.
+        finished: The layers that need not be measured again.
         examples: Number of examples in this process's batches of the last pass, skipped ones included.
     """
 
@@ -110,6 +65,7 @@ class Observation:
     batches: Batches
     forward: Forward = call
     pool: Pool = field(default_factory=Pool)
+    finished: FinishedLayers = field(default_factory=FinishedLayers)
     examples: int = 0
 
     def run(self, look: Look, *, skip: int = 0) -> list[tuple[str, ...]]:
@@ -193,6 +149,18 @@ class Observation:
         if len(everywhere) != 1 or (path := everywhere[0]) is None:
             return everywhere, moments
         return everywhere, moments.to(buffers(self.layers[path])[0].device) if self.pool.is_shared else moments
+
+    def keep(self, path: str, found: InputMoments, *, first_only: bool = False) -> None:
+        """Write a finished layer to the file of finished layers, if there is one."""
+        step = Step(path, first_only, found.to("cpu"), self.pool.spoiled.get(path, []))
+        self.finished.add(step, self.pool.counts)
+
+    def kept(self, path: str, *, first_only: bool = False) -> InputMoments | None:
+        """The moments of a layer from that file; None if it has not finished before."""
+        if (step := self.finished.found(path, first_only=first_only)) is None:
+            return None
+        self.pool.spoiled[path] = step.spoiled_on
+        return step.found.to(buffers(self.layers[path])[0].device)
 
     def require_variance(self, path: str, moments: Moments) -> None:
         """Refuse moments of too few values for a variance.

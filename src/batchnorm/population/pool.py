@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Batch
     from batchnorm.population.batches import Batches
-    from batchnorm.population.observation import InputMoments
+    from batchnorm.population.input_moments import InputMoments
 
 # a layer at which forwards wait, or None: the order of the layers is needed, because some batches do not wait
 Place = str | None
@@ -51,11 +51,13 @@ class _Message:
     Args:
         stage: What is exchanged.
         value: Its contents.
+        count: The rank's number of batches; None as long as it is not known.
         failure: The error that ended this rank's work, in words; "" if it works.
     """
 
     stage: str
     value: Any = None
+    count: int | None = None
     failure: str = ""
 
 
@@ -66,6 +68,12 @@ class Pool:
     Args:
         group: The ranks; None: this process alone.
         who: The caller's name in messages.
+
+    Attributes:
+        ranks: The global ranks; [0] for a process alone.
+        spoiled: For each measured layer the ranks that excluded an input.
+        batches: This process's batches.
+        counts: Numbers of batches of all ranks at their last message; None where a first pass was not over.
     """
 
     def __init__(self, group: ProcessGroup | None = None, who: str = "recalibrate") -> None:
@@ -75,7 +83,9 @@ class Pool:
         self._reason = ""  # why forwards may not wait, after the ranks agreed on that
         self._is_over = False  # after the last message
         self._is_in_forward = False  # whether a forward is running that is itself a collective
-        self._spoiled: dict[str, list[int]] = {}
+        self.spoiled: dict[str, list[int]] = {}
+        self.batches: Batches | None = None
+        self.counts: list[int | None] = []
 
     @property
     def is_shared(self) -> bool:
@@ -129,6 +139,10 @@ class Pool:
             self.ranks, [f"version {1 + versions.index(pair)}" if is_content else pair[0] for pair in pairs]
         )
 
+    def of_all(self, what: str, own: object) -> list[Any]:
+        """The values of all ranks, in rank order; ``what`` they are in words."""
+        return self._exchange(what, own)
+
     def require_batches(self, count: int) -> None:
         """Refuse data without a batch on any rank; ``count`` is this rank's number of batches.
 
@@ -168,12 +182,12 @@ class Pool:
         everywhere = list(dict.fromkeys(chain.from_iterable(each for each, _ in found)))
         if len(everywhere) != 1 or everywhere[0] is None:
             return everywhere, own
-        self._spoiled[everywhere[0]] = [rank for rank, (_, each) in zip(self.ranks, found, strict=True) if each.spoiled]
+        self.spoiled[everywhere[0]] = [rank for rank, (_, each) in zip(self.ranks, found, strict=True) if each.spoiled]
         return everywhere, reduce(add, [each for _, each in found])
 
     def where_spoiled(self, path: str) -> str:
         """The ranks that excluded an input of a layer, such as " on rank 1"; "" for a process alone."""
-        return f" on {ranks_as_words(self._spoiled[path])}" if self.is_shared else ""
+        return f" on {ranks_as_words(self.spoiled[path])}" if self.is_shared else ""
 
     def in_step(self, batches: Batches, *, is_collective: bool) -> Iterator[tuple[Batch, bool]]:
         """Each batch to run the model on, and whether it counts.
@@ -211,10 +225,12 @@ class Pool:
 
     def _exchange(self, stage: str, value: object = None) -> list[Any]:
         """The values of all ranks in rank order."""
-        messages = self._gathered(_Message(stage, value))
+        count = None if self.batches is None else self.batches.count
+        messages = self._gathered(_Message(stage, value, count))
         if failures := [(rank, each.failure) for rank, each in zip(self.ranks, messages, strict=True) if each.failure]:
             self._is_over = True
             raise RuntimeError(_about_failures(self.who, failures))
+        self.counts = [each.count for each in messages]
         reasons = [each.value if each.stage == "reasons" else "" for each in messages]
         if any(reasons):
             self._reason = self._joined(reasons)

@@ -27,9 +27,11 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.fingerprint import fingerprint
 from batchnorm.population.freezing import statistics_of
+from batchnorm.population.input_moments import InputMoments
 from batchnorm.population.layer_by_layer import LayerMoments, measured, require_memory
-from batchnorm.population.observation import InputMoments, Observation
+from batchnorm.population.observation import Observation
 from batchnorm.population.pool import Pool
+from batchnorm.population.resumption import finished_before
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_state
 from batchnorm.population.stored_statistics import buffers, open_layers, put, store
@@ -37,6 +39,7 @@ from batchnorm.population.tensor_memory import require
 from batchnorm.processes import group_named, is_alone
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
 
     from torch.distributed import ProcessGroup
@@ -56,6 +59,7 @@ def recalibrate(
     exact: bool = True,
     memory: int | None = None,
     group: ProcessGroup | Literal["all"] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> LayerMoments:
     """Replace stored statistics by those of the given data; return the moments of each layer's input, by dotted path.
 
@@ -127,6 +131,11 @@ def recalibrate(
 
         group: The processes whose data count: "all", or a ``ProcessGroup`` such as torch.distributed.group.WORLD; None
             for this process alone. "all" without an initialized process group is this process alone.
+        resume: A file ending in .safetensors, to which each finished layer is written, with an OSError if that fails.
+            If the process is killed, the same call measures only the layers that were not finished, and the result has
+            the same bits if the loader gives the same batches. A file of another model, other settings, another first
+            batch or another number of batches is refused. With a ``group`` the first rank alone reads and writes it.
+            It stays when all layers are finished: delete it after the model is saved. Not for ``exact=False``.
 
     Returns:
         Moments of each measured layer, float64, in execution order, by dotted path; ``restarted`` says why forwards
@@ -139,7 +148,7 @@ def recalibrate(
             buffer's dtype, ``max_examples`` is below 1, or is given and a batch contains no tensors by which to count
             examples, a second pass over ``loader`` gives another number of batches, ``memory`` is negative, or tensors
             that a pass needs have no values here (sharded, freed, fake, on the meta device); if the process is not in
-            ``group``, or is in none.
+            ``group``, or is in none; if the file of ``resume`` belongs to another measurement.
         RuntimeError: On every rank, if models or settings differ between the ranks; on the others, if one rank has an
             error; if an exchange fails.
 
@@ -168,9 +177,13 @@ def recalibrate(
         batches = Batches(loader, max_examples, at, part=pool.part)
         layers = open_layers(model, {**batch_norms(model), **live_layers(model)}, "recalibrate")
         require(statistics_of(layers), "recalibrate")
-        if pool.is_shared:
-            pool.require_same(fingerprint(model, layers, {"exact": bool(exact), "max_examples": max_examples}))
+        settings = {"exact": bool(exact), "max_examples": max_examples, "resume": resume is not None}
+        things = fingerprint(model, layers, settings) if pool.is_shared or resume is not None else {}
+        pool.require_same(things)
+        pool.batches = batches
         view = Observation("recalibrate", model, layers, batches, forward or call, pool)
+        if resume is not None and layers:
+            view.finished = finished_before(view, resume, things, exact=exact)
         moments, restarted = _measured(view, forward, memory, exact=exact) if layers else ({}, "")
         _warn(view, moments, has_all_data=group is not None or is_alone(), stacklevel=2)
     with torch.no_grad():
@@ -189,6 +202,7 @@ def _measured(
         else:
             settle(view.batches, view.model, forward)
         moments, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
+    view.finished.require(view.pool.counts)
     if not moments:
         view.pool.require_batches(view.batches.count or 0)
     return moments, restarted
