@@ -415,6 +415,16 @@ def test_a_damaged_origin_is_refused(tmp_path: Path, stream_: object) -> None:
         StreamState.load(path)
 
 
+@pytest.mark.parametrize("arl", [None, 1e4])
+def test_streams_without_observations_are_no_evidence(arl: float | None) -> None:
+    empty = [replica(Stream(reference(), "example", alpha=0.01, arl=arl)) for _ in range(2)]
+    found = combined(empty, fleet=4)
+    assert found.evidence.log == (pytest.approx(math.log(0.5)) if arl is None else -math.inf)
+    assert found.alarm is None
+    moved = stream(64, 1, by=0.5, alpha=0.01, arl=arl)
+    assert combined([*empty, replica(moved)]).alarm is not None
+
+
 def test_no_replicas_and_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected the state of one replica or more, got none"):
         combined([])

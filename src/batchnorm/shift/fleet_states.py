@@ -116,16 +116,17 @@ def one_state_each(replicas: Sequence[Replica]) -> tuple[list[Replica], list[str
     Raises:
         ValueError: If two states are forks of one stream: they share observations, and each has others too.
     """
-    kept: list[Replica] = []
+    by_id: dict[str, list[Replica]] = {}
     left_out: list[str] = []
     for replica in replicas:
+        kept = by_id.setdefault(replica.origin.id, [])  # more than one only after forks before the first example
         if (same := next((at for at, other in enumerate(kept) if _are_of_one_stream(other, replica)), None)) is None:
             kept.append(replica)
             continue
         later, earlier = _ordered(kept[same], replica)
         kept[same] = later
         left_out.append(f"{earlier.name} is an earlier state, or a copy, of the stream in {later.name}: it is left out")
-    return kept, left_out
+    return [replica for kept in by_id.values() for replica in kept], left_out
 
 
 def _are_of_one_stream(one: Replica, other: Replica) -> bool:
