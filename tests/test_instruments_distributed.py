@@ -6,7 +6,9 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+from torch import nn
 
+import batchnorm as bn
 from batchnorm.record import Log
 
 WORKER = """
@@ -115,6 +117,9 @@ APART = """
         with bn.watch(model, log=logs + "/sub", every=10, budget=1e9, group=sub) as run:
             train(model, run, 20, group=sub)
             dist.barrier(group=sub)
+    with bn.watch(net(), log=logs + f"/own{rank}", every=10, budget=1e9, group=None) as run:
+        train(run._model, run, 20, group=False)
+    told["own"] = run.steps
     model = net()
     session = Session(log=logs + "/session", every=10, budget=1e9)
     for _ in range(2):
@@ -205,3 +210,19 @@ def test_other_layers_and_nan_on_another_rank_are_events(apart):
     assert any("not compared with those of rank 2, which did not watch these layers" in each[0] for each in events)
     (row,) = Log(apart[1] / "other").rows("lab")
     assert row["values"] == {"rank_means": [None], "rank_sds": [None]}
+
+
+@pytest.mark.slow
+def test_processes_that_train_models_of_their_own_have_logs_of_their_own(apart):
+    assert [each["own"] for _, _, each in apart[0]] == [20, 20, 20]
+    starts = [Log(apart[1] / f"own{rank}").start for rank in range(3)]
+    assert not any("rank" in start or "ranks" in start for start in starts)
+    assert len({start["id"] for start in starts}) == 3
+
+
+def test_a_group_that_is_none_is_an_error_before_the_training():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    with pytest.raises(TypeError, match="process_group must be a ProcessGroup"):
+        bn.watch(model, group=3)
+    with pytest.raises(ValueError, match="group must be \"all\", a ProcessGroup or None, got 'some'"):
+        bn.watch(model, group="some")

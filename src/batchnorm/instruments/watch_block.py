@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,10 +10,7 @@ from batchnorm.call_types import Batch
 from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.instruments.probe_tier import Loss
 from batchnorm.instruments.sinks import Sink
-from batchnorm.instruments.watched_training import LogFolder, Watch
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from batchnorm.instruments.watched_training import Group, LogFolder, Watch
 
 
 def watch(
@@ -26,7 +22,7 @@ def watch(
     probe: Batch = None,
     loss: Loss | None = None,
     sinks: Iterable[Sink] = (),
-    group: ProcessGroup | None = None,
+    group: Group = "all",
 ) -> Watch:
     """A ``with`` block that measures the training of ``model``; the trained weights are the same, bit for bit.
 
@@ -63,13 +59,14 @@ def watch(
         loss: ``loss(output, batch)`` for the batch ``probe``, unused if no batch is given; None chooses a loss in the
             same way as ``batchnorm.probe``.
         sinks: Receivers of the numbers besides the log.
-        group: The processes that train the model together, this one among them; None: all of torch.distributed.
+        group: The processes that train the model together: "all", or a ``ProcessGroup`` with this process; None: this
+            process trains it alone.
 
     Raises:
         TypeError: If ``model``, ``probe``, ``log`` or ``group`` is of a wrong type.
         ValueError: If the model has no batch norm, or has fake tensors, if ``every`` or ``budget`` is out of range, or
             if the log's folder has the log of another model, a log of a newer version, or a log that is being written;
-            if this rank is not in ``group``, or ``group`` is given without an initialized process group.
+            if ``group`` is another word, this rank is not in it, or it needs a process group that is not initialized.
         OSError: If the log cannot be written at the start.
 
     Example:

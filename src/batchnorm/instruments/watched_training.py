@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, Union, final
 
 import torch
 from torch import nn
@@ -57,14 +57,14 @@ from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
 from batchnorm.population.tensor_trees import tensors_in
-from batchnorm.processes import check_process_group
+from batchnorm.processes import group_named
 from batchnorm.processes.membership import members
-from batchnorm.processes.notices import group_in_use
 from batchnorm.record import Record
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Group = Union["ProcessGroup", Literal["all"], None]
 LogFolder = str | os.PathLike[str] | None
 
 PROBE_EXAMPLES = 64
@@ -81,9 +81,8 @@ class Watch:
 
     Attributes:
         records: The last 256 records, oldest first.
-        steps: Number of optimizer steps so far; with a continued log, including the steps in the log.
-
-    On all ranks of a process group but its first one, ``records`` stays empty, and ``steps`` counts from 0.
+        steps: Number of optimizer steps so far; with a continued log, including the steps in the log. On all ranks of a
+            process group but its first one it counts from 0, and ``records`` stays empty.
     """
 
     _steps: Steps | None = None
@@ -105,7 +104,7 @@ class Watch:
         probe: Batch,
         loss: Loss | None,
         sinks: tuple[Sink, ...],
-        group: ProcessGroup | None = None,
+        group: Group = "all",
     ):
         self.records: deque[Record] = deque(maxlen=_KEPT)
         self.steps = 0
@@ -117,7 +116,7 @@ class Watch:
                 f"watch needs a model with batch norm layers, got {type(self._model).__name__} without any. "
                 "Pass the model that has the layers."
             )
-        check_process_group(group)
+        group_named(group)  # raises if it names no group
         self._asked_group = group
         self._outlets, self._schedule = Outlets(log, sinks), schedule
         self._captures, self._probe = probe is None, None
@@ -140,7 +139,8 @@ class Watch:
         """Begin to measure; a ``with`` statement calls it."""
         if self._on:
             return self
-        self._group = group_in_use(self._asked_group)
+        group = group_named(self._asked_group)
+        self._group = group if group is not None and len(members(group)) > 1 else None
         self._follows = self._group is not None and torch.distributed.get_rank() != members(self._group)[0]
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
@@ -219,10 +219,9 @@ class Watch:
         self._guarded(lambda: self._note_lab(values or {}, model))
 
     def _note_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> None:
-        if self._follows:
-            return
-        self._begin()
-        self._keep(lab_record(self.steps, self._looking.names, values, model))
+        if not self._follows:
+            self._begin()
+            self._keep(lab_record(self.steps, self._looking.names, values, model))
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes; after the first call, steps of optimizers do not count."""
@@ -236,9 +235,8 @@ class Watch:
 
     def _after_foreign(self, optimizer: torch.optim.Optimizer) -> None:
         self._foreign += 1
-        if self._follows:
-            return
-        if self._foreign == _FOREIGN and not self._by_hand and self._steps is not None and self._steps.saw_passes():
+        counts = not (self._by_hand or self._follows) and self._foreign == _FOREIGN
+        if counts and self._steps is not None and self._steps.saw_passes():
             self._guarded(lambda: self._tell_foreign(optimizer))
 
     def _tell_foreign(self, optimizer: torch.optim.Optimizer) -> None:

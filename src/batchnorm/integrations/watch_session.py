@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, final
+from typing import Any, TypedDict, Unpack, final
 
 from torch import Tensor, nn
 
 from batchnorm.instruments import Sink, Watch, watch
 from batchnorm.instruments.probe_tier import Loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from batchnorm.instruments.watched_training import Group
 
 
 class WatchArguments(TypedDict, total=False):
@@ -29,7 +27,7 @@ class WatchArguments(TypedDict, total=False):
     probe: Any
     loss: Loss | None
     sinks: Iterable[Sink]
-    group: ProcessGroup | None
+    group: Group
 
 
 @final

@@ -12,29 +12,13 @@ from uuid import uuid4
 
 from torch import distributed
 
-from batchnorm.processes.membership import check_process_group, members
+from batchnorm.processes.membership import members
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 _SLOTS = 2  # notices that are kept of each rank, so that a rank can read one while the next is left
 _PAUSE = 0.02  # seconds between two looks of a rank that waits
-
-
-def group_in_use(group: ProcessGroup | None) -> ProcessGroup | None:
-    """The group, or that of all processes for None; None if no process group of several ranks is initialized.
-
-    Raises:
-        TypeError: If ``group`` is no process group.
-        ValueError: If this rank is not in the group, or ``group`` is given and no process group is initialized.
-    """
-    check_process_group(group)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        if group is not None:
-            raise ValueError("group needs an initialized process group. Call init_process_group first.")
-        return None
-    chosen = distributed.group.WORLD if group is None else group
-    return chosen if distributed.get_world_size(chosen) > 1 else None
 
 
 @final
