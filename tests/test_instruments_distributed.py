@@ -201,6 +201,9 @@ def test_two_trainings_continue_one_log_and_a_rank_that_ends_is_missing(apart):
     rows = [(row["step"], row["model"]["ranks_compared"]) for row in log.rows("lab")]
     assert rows == [(10, 3), (20, 2), (30, 2), (40, 3), (50, 2), (60, 2)]
     assert log.count("start") == 2
+    events = [(row["step"], row["message"].partition(" of the")[0]) for row in log.rows("event")]
+    stopped = "rank 1 left no stored statistics to compare after step 20"
+    assert [each for each in events if "left no" in each[1]] == [(30, stopped), (60, stopped)]
 
 
 @pytest.mark.slow

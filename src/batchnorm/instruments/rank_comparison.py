@@ -21,7 +21,7 @@ from torch import Tensor
 
 from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.instruments.training_events import TrainingEvent, not_watching
+from batchnorm.instruments.training_events import TrainingEvent, not_watching, stopped_watching
 from batchnorm.processes.notices import Notices
 from batchnorm.processes.stored_differences import differences_in_sd
 from batchnorm.record import Record
@@ -82,7 +82,7 @@ class RankComparison:
         self._notices = Notices(group, f"{_digest(layers)}/{_going_on[self._models]}")  # two equal models: 0 and 1
         _going_on[self._models] += 1
         self._open: int | None = None  # the step of the copies that are still to be compared
-        self._unheard: set[int] = set()  # ranks that were reported as not watching
+        self._unheard: set[int] = set()  # ranks that were reported as missing
         self._broken: set[int] = set()  # ranks whose NaN was reported
 
     def stepped(self, step: int, schedule: Schedule) -> Found:
@@ -135,7 +135,7 @@ class RankComparison:
         step, self._open = self._open or 0, None
         notices = {rank: Statistics.unpacked(each) for rank, each in self._notices.read(self._number(step)).items()}
         of_ranks = {rank: each for rank, each in notices.items() if each.step == step}
-        events = [*self._about_silence(), *self._about_nan(of_ranks)]
+        events = [*self._about_silence(step, of_ranks), *self._about_nan(of_ranks)]
         if len(of_ranks) < 2:
             return None, events
         rows = {name: _rounded(row) for name, row in self._rows(of_ranks).items()}
@@ -154,10 +154,14 @@ class RankComparison:
     def _rms(self, values: Tensor) -> Tensor:
         return torch.stack([part.square().mean().sqrt() for part in values.split(self._layers.sizes)])
 
-    def _about_silence(self) -> list[TrainingEvent]:
-        silent = sorted({*self._notices.ranks} - self._notices.last().keys() - self._unheard)
-        self._unheard |= {*silent}
-        return [TrainingEvent(not_watching(silent))] if silent else []
+    def _about_silence(self, step: int, of_ranks: Mapping[int, Statistics]) -> list[TrainingEvent]:
+        """Events for ranks without a copy, once for each rank: those that never left one, and those that stopped."""
+        missing = {*self._notices.ranks} - of_ranks.keys() - self._unheard
+        self._unheard |= missing
+        stopped = missing & self._notices.last().keys()
+        silent = sorted(missing - stopped)
+        events = [TrainingEvent(not_watching(silent))] if silent else []
+        return events + ([TrainingEvent(stopped_watching(sorted(stopped), step))] if stopped else [])
 
     def _about_nan(self, of_ranks: Mapping[int, Statistics]) -> list[TrainingEvent]:
         """One event for each other rank with NaN or infinity; the first rank reports its own elsewhere."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from batchnorm.processes.membership import ranks_as_words
 from batchnorm.reporting.text import many
 
 _STALE = 4.0  # standard errors; noise alone gives about 1
@@ -182,10 +183,17 @@ def not_the_first(rank: int, ranks: Sequence[int]) -> str:
 
 def not_watching(ranks: Sequence[int]) -> str:
     """Message: these ranks left no statistics to compare."""
-    named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
     return (
-        f"the stored statistics are not compared with those of {named}, which did not watch these layers by then: "
-        "call watch on every rank"
+        f"the stored statistics are not compared with those of {ranks_as_words(ranks)}, which did not watch these "
+        "layers by then: call watch on every rank"
+    )
+
+
+def stopped_watching(ranks: Sequence[int], step: int) -> str:
+    """Message: these ranks left statistics before, but none after this step of the training."""
+    return (
+        f"{ranks_as_words(ranks)} left no stored statistics to compare after step {step} of the training: a rank that "
+        "has ended, trains slowly, or would exceed the budget of its watch"
     )
 
 

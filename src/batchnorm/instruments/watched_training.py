@@ -161,13 +161,11 @@ class Watch:
         """Measure the open window, and end the log; a ``with`` statement calls it."""
         if not self._on:
             return
-        if self._follows:
-            self._release(reason)
-            return
-        self._guarded(self._finish)
-        self._outlets.tell_left_out(self.steps)
-        if self.steps == self._began:
-            self._outlets.unsaid.append(no_steps(self._foreign))
+        if not self._follows:
+            self._guarded(self._finish)
+            self._outlets.tell_left_out(self.steps)
+            if self.steps == self._began:
+                self._outlets.unsaid.append(no_steps(self._foreign))
         self._release(reason)
         while self._outlets.unsaid:
             _warn(self._outlets.unsaid.pop())
