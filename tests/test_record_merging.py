@@ -282,6 +282,8 @@ def test_the_command_merges_logs_and_says_so(
     assert (code, "--counts, --force cannot be used with run logs" in text) == (2, True)
     code, text = told("runs", "-o", "none/b")
     assert (code, "there is no folder none. Make it first." in text) == (2, True)
+    code, text = told("none/*", "-o", "b")
+    assert (code, "got none/*, where there is no file. Check the address." in text) == (2, True)
     code, text = told("foo://runs", "-o", "b")
     assert (code, "Protocol not known: foo" in text) == (2, True)
     assert not list(tmp_path.glob(".*"))

@@ -6,7 +6,7 @@ command; the inputs say which it is.
 
 from __future__ import annotations
 
-from glob import glob
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ def _is_log(name: str) -> bool:
     """Whether an input is a place of run logs: a remote address, a folder, its stream, or a pattern of them."""
     if is_remote(name) or Path(name).is_dir() or Path(name).name == "record.jsonl":
         return True
-    return not Path(name).exists() and any(Path(each).is_dir() for each in glob(name))  # noqa: PTH207 - any path
+    return not Path(name).exists() and has_magic(name)
 
 
 def _refuse_for_logs(**options: object) -> None:
