@@ -10,30 +10,38 @@ values far from zero lose only digits that float32 inputs do not have.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
 
 from batchnorm.argument_types import require_whole_number
+from batchnorm.input_statistics import (
+    Batch,
+    InputStatistics,
+    Total,
+    as_columns,
+    as_tuple,
+    is_address,
+    names_as_tensor,
+    names_of_tensor,
+    of_files,
+    tensors,
+)
 from batchnorm.moments import Moments
 from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    import os
+    from collections.abc import Callable, Hashable, Sequence
 
     import numpy as np
 
-# a tensor or an array; a tuple or list whose first element is a tensor or array; or a mapping with such a value
-Batch = Any
 _STATISTICS = ("count", "mean", "var")
+_NAMES = "feature_names"
 # the types with values that float32 cannot represent exactly: for them the arithmetic is in float64
 _WIDE = {torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64}
-# Values of an array that are widened to float64 at a time (32 MB), as in Moments.of.
-_CHUNK = 1 << 22
 # The sum of n values, added one by one, has a relative error of up to n eps; scikit-learn uses this bound. Moments are
 # summed in blocks and merged, so their error stays below 65536 eps for any n. Without this cap on n, 10 million values
 # with mean 1e6 and std 1e-3 would count as constant.
@@ -52,6 +60,10 @@ class InputNorm(nn.Module):
     Results have the dtype of floating-point inputs. For integer inputs (images, counts) they have the dtype that the
     module was cast to (``model.half()``; float32 by default). The statistics stay float64 through every cast, so the
     device must support float64. A NaN in the input gives NaN at the same place of the result and nowhere else.
+
+    ``feature_names`` has the names of features that were read from files: names of columns, with the place in brackets
+    for columns of vectors, as in "embedding[3]". It is () otherwise. The names are saved in the state dict, as bytes in
+    a tensor, only if there are any; a loaded state replaces them.
 
     Args:
         num_features: Size of the channel axis, or sizes of the channel axes.
@@ -83,6 +95,7 @@ class InputNorm(nn.Module):
     mean: Tensor
     var: Tensor
     _dtype_carrier: Tensor
+    feature_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -93,9 +106,9 @@ class InputNorm(nn.Module):
     ) -> None:
         super().__init__()
         for name, sizes in (("num_features", num_features), ("channel_axis", channel_axis)):
-            for size in _as_tuple(sizes, name):
+            for size in as_tuple(sizes, name):
                 require_whole_number(size, name, "Give a tuple for several axes. For data call InputNorm.fit.")
-        self.num_features = _as_tuple(num_features)
+        self.num_features = as_tuple(num_features)
         self.channel_axis = channel_axis
         if len(self.num_features) != len(self._axes()):
             raise ValueError(
@@ -110,40 +123,95 @@ class InputNorm(nn.Module):
     @classmethod
     def fit(
         cls,
-        data: Tensor | np.ndarray | Iterable[Batch],
+        data: Tensor | np.ndarray | Iterable[Batch] | str | os.PathLike[str],
         channel_axis: int | Sequence[int] | None = 1,
         *,
         nan: Literal["raise", "omit"] = "raise",
         key: Hashable = None,
+        columns: str | Sequence[str] = (),
     ) -> Self:
         """An InputNorm with the exact statistics of all data, whatever the batch sizes and their order.
 
         They are accumulated in float64 by Chan's update, with one batch in memory at a time. A feature with a single
         value has this value as its mean, and scale 1.
 
+        From files, which may be larger than memory, the features are the columns side by side. A column of vectors is
+        as many features as it has places. Images are three features with values in 0..1, as ToTensor makes them. See
+        ``batchnorm.data_statistics`` for formats.
+
         Args:
             data: A tensor or array with examples and features, or batches of them: a DataLoader, a list, an
                 iterator. The input is the first element of a batch that is a tuple or list, and the value at ``key``
-                of a batch that is a mapping.
+                of a batch that is a mapping. Or files: a path, a folder, a pattern, an address that fsspec opens, or a
+                list of them; or a file of statistics, as for ``load``.
             channel_axis: As for InputNorm.
-            nan: "raise" refuses NaN; "omit" leaves each NaN out of its own feature, as scikit-learn does.
+            nan: "raise" refuses NaN, and missing values in files; "omit" leaves each out of its own feature, as
+                scikit-learn does.
             key: The input's key in batches that are mappings.
+            columns: Columns of files, in the order of the features; by default all columns of numbers, in their order.
 
         Raises:
             ValueError: If ``nan`` is neither "raise" nor "omit"; if there is no value at all, NaN with ``nan="raise"``,
                 an infinity, a value whose square does not fit float64, no ``key`` in a batch that is a mapping, or
-                batches differ in their features.
-            TypeError: If ``data`` or a batch is of no type described above.
+                batches differ in their features; if a file is damaged or lacks a column; if ``columns`` is given
+                without files.
+            TypeError: If ``data`` or a batch is of no type described above, or a column of a file has no numbers.
+            OSError: If a file cannot be read.
 
         Warns:
             RuntimeWarning: If all values of a feature are NaN. Its count is 0, and forward does not change it.
         """
-        if nan not in {"raise", "omit"}:
-            raise ValueError(f"InputNorm.fit needs nan='raise' or 'omit', got {nan!r}.")
-        total = _Total(channel_axis)
-        for x in _tensors(data, key, channel_axis):
+        _require_nan_policy(nan)
+        if is_address(data):
+            return cls._of_statistics(of_files(data, as_columns(columns)), channel_axis, nan)
+        if columns:
+            raise ValueError(
+                f"InputNorm.fit needs files for columns={columns!r}, got {type(data).__name__}. Select columns of the "
+                "data before."
+            )
+        total = Total(channel_axis)
+        for x in tensors(data, key, channel_axis):
             total.add(x)
-        return cls.from_moments(total.checked(omit_nan=nan == "omit"), channel_axis)
+        return cls._of_statistics(total.statistics, channel_axis, nan)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        columns: str | Sequence[str] = (),
+        channel_axis: int | Sequence[int] | None = 1,
+        *,
+        nan: Literal["raise", "omit"] = "raise",
+    ) -> Self:
+        """An InputNorm with the statistics in a file that ``batchnorm stats`` or ``DataStatistics.save`` wrote.
+
+        Args:
+            path: NAME.bnstats.safetensors.
+            columns: Columns in the order of the features; by default all columns, in the order of the data's files.
+            channel_axis: As for InputNorm.
+            nan: As for ``fit``: "raise" refuses statistics of data with NaN or missing values in the columns.
+
+        Raises:
+            ValueError: If the file is damaged, or no such file; if it lacks a column; as for ``fit``.
+            OSError: If the file cannot be read.
+
+        Warns:
+            RuntimeWarning: As for ``fit``.
+        """
+        from batchnorm.datasets.data_statistics import DataStatistics
+
+        _require_nan_policy(nan)
+        return cls._of_statistics(
+            InputStatistics.of_data(DataStatistics.load(path), as_columns(columns)), channel_axis, nan
+        )
+
+    @classmethod
+    def _of_statistics(
+        cls, statistics: InputStatistics, channel_axis: int | Sequence[int] | None, nan: Literal["raise", "omit"]
+    ) -> Self:
+        norm = cls.from_moments(statistics.checked(omit_nan=nan == "omit", stacklevel=4), channel_axis)
+        norm.feature_names = statistics.names
+        return norm
 
     @classmethod
     def from_moments(cls, moments: Moments, channel_axis: int | Sequence[int] | None = 1) -> Self:
@@ -214,7 +282,7 @@ class InputNorm(nn.Module):
         return values.permute(order).reshape([x.shape[a] if a in axes else 1 for a in range(x.ndim)])
 
     def _axes(self) -> tuple[int, ...]:
-        return _as_tuple(self.channel_axis)
+        return as_tuple(self.channel_axis)
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -230,7 +298,7 @@ class InputNorm(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Number of features, their axis, and how many values of each feature were counted."""
+        """Number of features, their axis, how many values of each feature were counted, and at most three names."""
         features = self.num_features[0] if len(self.num_features) == 1 else self.num_features
         if self.count.is_meta:
             counted = "on the meta device"
@@ -239,7 +307,9 @@ class InputNorm(nn.Module):
         else:
             low, high = int(self.count.min()), int(self.count.max())
             counted = f"count={low}" if low == high else f"count={low}..{high}"
-        return f"{features}, channel_axis={self.channel_axis}, {counted}"
+        names = [*map(repr, self.feature_names[:3]), *(["..."] if len(self.feature_names) > 3 else [])]
+        named = f", feature_names=({', '.join(names)})" if names else ""
+        return f"{features}, channel_axis={self.channel_axis}, {counted}{named}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast as every module does, but keep statistics in float64: a cast would lose digits for ever."""
@@ -251,133 +321,29 @@ class InputNorm(nn.Module):
                 setattr(self, name, (now if old.is_meta else old).to(now.device, torch.float64))
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.feature_names:
+            destination[prefix + _NAMES] = names_as_tensor(self.feature_names)
 
-def _as_tuple(axes: int | Sequence[int] | None, name: str = "channel_axis") -> tuple[int, ...]:
-    if axes is None:
-        return ()
-    if isinstance(axes, int) or not isinstance(axes, Iterable):
-        require_whole_number(axes, name, "Give a tuple for several axes. For data call InputNorm.fit.")
-        return (axes,)
-    return tuple(axes)
-
-
-class _Total:
-    """Moments of all values except NaN, and the number of NaN and of infinities in each feature."""
-
-    def __init__(self, channel_axis: int | Sequence[int] | None) -> None:
-        self.channel_axis = channel_axis
-        self.moments = Moments.empty()
-        self.nan: Tensor | int = 0
-        self.inf: Tensor | int = 0
-
-    def add(self, x: Tensor) -> None:
-        new = Moments.of(x, self.channel_axis)
-        if x.is_floating_point() and not torch.isfinite(new.m2).all():
-            new = Moments.of(x, self.channel_axis, mask=~x.isnan())
-            self.nan = self.nan + self._count(x.isnan())
-            self.inf = self.inf + self._count(x.isinf())
-        self.moments += new
-
-    def _count(self, mask: Tensor) -> Tensor:
-        moments = Moments.of(mask, self.channel_axis)  # the mean of a mask is the share of True
-        return (moments.mean * moments.count).round().long()
-
-    def checked(self, *, omit_nan: bool) -> Moments:
-        """The moments; an error if an InputNorm cannot store them."""
-        if torch.as_tensor(self.inf).any():
-            raise ValueError(
-                f"InputNorm.fit needs finite values, got infinity in {_by_feature(self.inf)}. Clip or remove it."
-            )
-        if not omit_nan and torch.as_tensor(self.nan).any():
-            raise ValueError(
-                f"InputNorm.fit needs values without NaN, got NaN in {_by_feature(self.nan)}. "
-                "Use nan='omit' to leave NaN out, or impute the values."
-            )
-        counts = self.moments.count.expand(self.moments.shape)
-        if not counts.any():
-            raise ValueError("InputNorm.fit needs at least one value, got no data. Check the loader's length.")
-        if not torch.isfinite(self.moments.m2).all():
-            large = (~torch.isfinite(self.moments.m2)).long()
-            raise ValueError(
-                f"InputNorm.fit needs values whose squares fit float64, got larger in {_by_feature(large)}. "
-                "Divide the values by a constant first."
-            )
-        if not counts.all():
-            warnings.warn(
-                f"InputNorm.fit needs numbers, got only NaN in {_by_feature((counts == 0).long() * self.nan)}. "
-                "Forward does not change such a feature. Remove it from the data.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return self.moments
-
-
-def _by_feature(counts: Tensor | int) -> str:
-    """The features with a count above 0 and their counts, in words; at most five are named."""
-    counts = torch.as_tensor(counts)
-    where = counts.nonzero().tolist()
-    texts = [
-        f"{index[0] if len(index) == 1 else tuple(index)} ({int(counts[tuple(index)])} times)" for index in where[:5]
-    ]
-    more = f" and {len(where) - 5} more" if len(where) > 5 else ""
-    return f"{'feature' if len(where) == 1 else 'features'} {', '.join(texts)}{more}"
-
-
-def _tensors(data: Batch, key: Hashable, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
-    """The input of each batch in ``data``, as a tensor."""
-    if isinstance(data, Tensor):
-        yield data
-    elif hasattr(data, "__array__"):
-        yield from _blocks(data, channel_axis)
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError("InputNorm.fit needs batches, got a Dataset of single examples. Pass DataLoader(dataset, 256).")
-    elif isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
-        raise TypeError(f"InputNorm.fit needs an array, a tensor or batches of them, got {type(data).__name__}.")
-    else:
-        for batch in data:
-            x = _input_of(batch, key)
-            if isinstance(x, Tensor):
-                yield x
-            elif hasattr(x, "__array__"):
-                yield from _blocks(x, channel_axis)
-            else:
-                raise TypeError(
-                    f"InputNorm.fit needs batches that are arrays or tensors, got {type(x).__name__} in a "
-                    f"{type(batch).__name__}. Map them to tensors first."
-                )
-
-
-def _input_of(batch: Batch, key: Hashable) -> Batch:
-    if isinstance(batch, Mapping):
-        if key not in batch:
-            raise ValueError(
-                f"InputNorm.fit needs key= to name the input in a mapping, got key={key!r} for keys {list(batch)}."
-            )
-        return batch[key]
-    if isinstance(batch, (tuple, list)) and batch:
-        return batch[0]
-    return batch
-
-
-def _blocks(data: np.ndarray, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
-    """An array in slices of rows, copied: torch accepts neither foreign byte orders nor negative strides."""
-    import numpy as np
-
-    if isinstance(data, np.ma.MaskedArray):
-        raise TypeError(
-            "InputNorm.fit needs an array without a mask, got a masked one. "
-            "Pass data.filled(np.nan) with nan='omit' to leave masked values out."
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load as every module does, and replace the names of the features by those of the state."""
+        key, wrong = prefix + _NAMES, len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-    array = np.asarray(data)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"InputNorm.fit needs an array of real numbers, got dtype {array.dtype}. "
-            "Encode categories and dates as numbers first."
-        )
-    if array.ndim == 0:
-        array = array[None]
-    axes = _as_tuple(channel_axis)
-    divisible = 0 not in axes and -array.ndim not in axes  # if axis 0 has features, a slice would separate them
-    rows = max(1, _CHUNK * len(array) // max(array.size, 1)) if divisible else max(len(array), 1)
-    for start in range(0, max(len(array), 1), rows):
-        yield torch.from_numpy(np.array(array[start : start + rows], dtype=np.float64))
+        unexpected_keys[:] = [each for each in unexpected_keys if each != key]
+        if len(error_msgs) > wrong:
+            return
+        try:
+            self.feature_names = names_of_tensor(state_dict[key]) if key in state_dict else ()
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}.")
+
+
+def _require_nan_policy(nan: str) -> None:
+    if nan not in {"raise", "omit"}:
+        raise ValueError(f"InputNorm.fit needs nan='raise' or 'omit', got {nan!r}.")

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 NUMBERS = ("mean", "mean_low", "m2", "m3", "m4", "minimum", "maximum")
 COUNTS = ("count", "nan", "infinite", "null")
 # numbers of types, as in the enum Kind of arithmetic.hpp
-_KINDS = {
-    np.dtype(kind): i for i, kind in enumerate(["f8", "f4", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
-}
+_KINDS = {np.dtype(kind): i for i, kind in enumerate(["f8", "f4", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])}
 _KINDS[np.dtype("?")] = _KINDS[np.dtype("u1")]
 _HALF = np.dtype("f2")
 _UNIT = 2.0**-60  # keeps the sum of up to 2^60 values finite
