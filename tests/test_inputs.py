@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm import InputNorm, Moments
-from batchnorm import inputs as module
 
 U32, U64 = 2.0**-24, 2.0**-53  # unit roundoffs
 # scikit-learn and we add up to 400 values and then divide; both are wrong by at most n u of what they add
@@ -139,7 +138,7 @@ def test_neither_the_batch_sizes_nor_the_order_of_examples_matter(cuts, order):
 
 @pytest.mark.parametrize("axis", [0, -2, 1, -1])
 def test_an_array_larger_than_a_chunk_is_read_in_pieces_along_its_examples(axis, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 40)
+    monkeypatch.setattr("batchnorm.input_statistics._CHUNK", 40)
     x = table() if axis in {1, -1} else table().T
     norm = InputNorm.fit(x, axis)
     close(norm.var, table().var(0), rtol=500**2 * 200 * U64, atol=0)

@@ -339,7 +339,10 @@ class InputNorm(nn.Module):
         if len(error_msgs) > wrong:
             return
         try:
-            self.feature_names = names_of_tensor(state_dict[key]) if key in state_dict else ()
+            names = names_of_tensor(state_dict[key]) if key in state_dict else ()
+            if names and len(names) != self.mean.numel():
+                raise ValueError(f"expected {self.mean.numel()} names, got {len(names)}")  # noqa: TRY301
+            self.feature_names = names
         except ValueError as error:
             error_msgs.append(f"{key}: {error}.")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from batchnorm.datasets.measurement import Progress
     from batchnorm.reporting.rows import Report
 
-_LIMIT = 5.0
+_LIMIT = 0.1  # that of datasets.comparison, which loads NumPy
 
 
 @click.command()
@@ -44,7 +44,7 @@ _LIMIT = 5.0
 @click.option("--compare", is_flag=True, help="Compare two: files of statistics, or data.")
 @click.option(
     "--limit", type=click.FloatRange(0, min_open=True), default=_LIMIT, show_default=True,
-    help="With --compare: the largest difference in standard errors.",
+    help="With --compare: the largest difference, in standard deviations.",
 )  # fmt: skip
 @click.option("--format", "format_", default="", metavar="NAME", help="Format of DATA.  [default: by suffix]")
 @click.option(
