@@ -65,12 +65,15 @@ def test_pixels_are_those_of_image_folder(tmp_path: Path, suffix: str, mode: str
     files = folder(tmp_path, suffix, mode)
     want = np.concatenate([shown(path, "RGB", 3) for path in files])
     found = pieces(tmp_path, options=Options(piece_images=3))
-    assert len(found) == 3
+    assert [(piece.file, len(piece.files)) for piece in found] == [
+        (str(tmp_path / "a"), 3), (str(tmp_path / "a"), 1), (str(tmp_path / "b"), 3),
+    ]  # fmt: skip
     np.testing.assert_array_equal(read(found)["image"], want)
     assert sum(block.rows for block in blocks(found)) == 7
     assert {block.columns["image"].unit for block in blocks(found)} == {255.0}
     assert sum(piece.size for piece in found) == sum(path.stat().st_size for path in files)
-    assert len({piece.key for piece in found} | {piece.file for piece in found}) == 6
+    assert len({piece.key for piece in found}) == 3
+    assert len({piece.fingerprint for piece in found}) == 2
 
 
 @pytest.mark.parametrize(("mode", "unit"), [("L", 255), ("RGBA", 255), ("CMYK", 255), ("I;16", 65535), ("LA", 255)])
@@ -111,6 +114,16 @@ def test_large_images_are_several_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(block.columns["image"].values.size <= most for block in found)
     want = np.concatenate([shown(path, "RGB", 3) for path in files])
     np.testing.assert_array_equal(np.concatenate([block.columns["image"].values for block in found]), want)
+
+
+def test_a_folder_with_another_image_is_another_folder(tmp_path: Path) -> None:
+    folder(tmp_path)
+    before = {piece.file: piece.fingerprint for piece in pieces(tmp_path)}
+    (tmp_path / "b" / "new.png").write_bytes(encoded(picture(9)))
+    after = {piece.file: piece.fingerprint for piece in pieces(tmp_path)}
+    assert {name: before[name] == after[name] for name in before} == {
+        str(tmp_path / "a"): True, str(tmp_path / "b"): False,
+    }  # fmt: skip
 
 
 def test_groups_are_folders(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Image files: the column "image", whose features are the channels. A piece is some files in a row."""
+"""Image files: the column "image", whose features are the channels. A piece is some files of a folder.
+
+Where files are listed, a folder counts as one file: with another image in it, it is another folder.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +28,24 @@ _FETCHED = 16
 @final
 @dataclass(frozen=True, slots=True)
 class ImagePiece:
-    """Some image files, each an example, converted to a mode of Pillow."""
+    """Some image files of a folder, each an example, converted to a mode of Pillow.
 
+    Args:
+        file: Address of the folder.
+        fingerprint: What identifies the content of all images of the folder.
+        files: The images of this piece.
+        mode: The mode of Pillow.
+    """
+
+    file: str
+    fingerprint: str
     files: tuple[StoredFile, ...]
     mode: str
 
     @property
-    def file(self) -> str:
-        """Address of the first file, and the name of the last one."""
-        first, last = self.files[0].address, self.files[-1].address
-        return first if len(self.files) == 1 else f"{first} to {last.rpartition('/')[2]}"
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the content of all files."""
-        return sha256("\n".join(each.key("") for each in self.files).encode()).hexdigest()[:32]
-
-    @property
     def key(self) -> str:
         """Name of this piece, the same in every run while none of its files changes."""
-        return f"{self.fingerprint}:images {self.mode}"
+        return f"{_fingerprint(self.files)}:images {self.mode}"
 
     @property
     def size(self) -> int:
@@ -73,10 +74,25 @@ def plan(files: Sequence[StoredFile], options: Options) -> list[FilePlan]:
     feature = Feature("number", (channels_of(mode),), "image", groups=False)
 
     def cut(_: Mapping[str, Shape]) -> Iterator[ImagePiece]:
-        for start in range(0, len(files), max(1, options.piece_images)):
-            yield ImagePiece(tuple(files[start : start + max(1, options.piece_images)]), mode)
+        for folder, inside in _folders(files).items():
+            fingerprint, many = _fingerprint(inside), max(1, options.piece_images)
+            for start in range(0, len(inside), many):
+                yield ImagePiece(folder, fingerprint, tuple(inside[start : start + many]), mode)
 
     return [FilePlan(FileSchema(files[0].address, {NAME: feature}, files[0].partitions), cut)]
+
+
+def _folders(files: Sequence[StoredFile]) -> dict[str, list[StoredFile]]:
+    """The files of each folder, by its address."""
+    found: dict[str, list[StoredFile]] = {}
+    for stored in files:
+        path, chain, rest = stored.address.partition("::")
+        found.setdefault(f"{path.rpartition('/')[0] or '.'}{chain}{rest}", []).append(stored)
+    return found
+
+
+def _fingerprint(files: Sequence[StoredFile]) -> str:
+    return sha256("\n".join(each.key("") for each in files).encode()).hexdigest()[:32]
 
 
 def _first_mode(stored: StoredFile) -> str:
