@@ -111,6 +111,12 @@ def test_an_axis_that_is_no_channel_axis_is_refused(tmp_path: Path, axes) -> Non
         pieces(tmp_path / "a.npy", options=Options(channel_axis=axes))
 
 
+def test_arrays_without_features_have_rows(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 0)))
+    (block,) = blocks(pieces(tmp_path / "a.npy"))
+    assert (block.rows, block.columns["values"].values.shape) == (3, (3, 0))
+
+
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((100, 3)))
     whole = (tmp_path / "a.npy").read_bytes()

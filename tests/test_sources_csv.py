@@ -173,8 +173,34 @@ def test_text_in_another_encoding_does_not_matter_where_it_is_not_read(tmp_path:
 
 
 def test_a_column_of_text_that_is_named_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"expected numbers in column 'b', got string in .*t.csv"):
+    with pytest.raises(TypeError, match=r"expected numbers in column 'b', got text such as 'x' in .*t.csv"):
         pieces(write(tmp_path, "a,b\n1,x\n"), Selection(columns=("b",)))
+
+
+def test_a_column_of_numbers_with_some_text_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b\n1,2\n?,3\ntrue,4\n")
+    assert list(read(pieces(path))) == ["b"]
+    with pytest.raises(
+        TypeError, match=r"numbers in column 'a', got text such as '\?' in .*t.csv. Name columns of numbers"
+    ):
+        pieces(path, Selection(columns=("a",)))
+    mixed = write(tmp_path, "a,b\n2,2\ntrue,3\n")
+    with pytest.raises(TypeError, match="numbers in column 'a', got text such as '2'"):
+        pieces(mixed, Selection(columns=("a",)))
+
+
+def test_another_delimiter_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"with ',' between them, got 'a;b' .*t.csv. Say .* delimiter=';' \(--delimiter\)"
+    ):
+        pieces(write(tmp_path, "a;b\n1;2\n"))
+
+
+def test_a_column_is_measured_and_has_the_groups(tmp_path: Path) -> None:
+    selection = Selection(columns=("i", "x"), by="i")
+    found = pieces(write(tmp_path, "i,x\n1,2\n,3\n"), selection)
+    assert {name: each.tolist() for name, each in read(found, selection).items()} == {"i": [1, -999], "x": [2, 3]}
+    assert groups(found, selection) == ["1", "(null)"]
 
 
 def test_groups_of_csv_have_nulls_in_a_group_of_their_own(tmp_path: Path) -> None:

@@ -244,6 +244,15 @@ def test_unknown_formats_are_refused_with_the_list_of_formats(tmp_path: Path) ->
         pieces(tmp_path / "t.jsonl", options=Options(format="json"))
 
 
+def test_files_without_a_suffix_below_a_folder_are_known_by_their_first_bytes(tmp_path: Path) -> None:
+    write_parquet(tmp_path, table()).rename(tmp_path / "part-0")
+    assert read(pieces(tmp_path))["i"].tolist() == list(range(23))
+    write_csv(tmp_path, table()).rename(tmp_path / "part-0")
+    with pytest.raises(ValueError, match=r"expected a file of a known format, got .*part-0"):
+        pieces(tmp_path)
+    assert read(pieces(tmp_path, options=Options(format="csv")))["i"].tolist() == list(range(23))
+
+
 def test_a_folder_with_several_formats_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path, table())
     write_csv(tmp_path, table())
@@ -269,10 +278,13 @@ def test_nothing_at_an_address_is_refused(tmp_path: Path) -> None:
     for data in (tmp_path / "none.csv", tmp_path / "*.csv", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a file, a folder with files, or a pattern"):
             pieces(data)
-    with pytest.raises(ValueError, match="got an empty list"):
+    with pytest.raises(ValueError, match=r"got \[\]. Name a file of data"):
         pieces([])
-    with pytest.raises(TypeError, match="expected a path or an address, or a list of them, got int"):
-        pieces([3])
+    with pytest.raises(ValueError, match=r"got ''. Name a file of data"):
+        pieces("")
+    for data, name in (([3], "int"), (None, "NoneType"), (b"a", "bytes"), ({"a": 1}, "dict")):
+        with pytest.raises(TypeError, match=f"expected a path or an address, or a list of them, got {name}"):
+            pieces(data)
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:

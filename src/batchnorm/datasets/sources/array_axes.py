@@ -6,6 +6,7 @@ feature, such as the pixels of an image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -78,7 +79,8 @@ def column_of(array: np.ndarray, axes: Axes) -> Column:
     chosen = _features(array.shape, axes, "an array")
     others = [axis for axis in range(array.ndim) if axis not in chosen]
     moved = array.transpose([*others, *chosen])
-    return Column(_plain(moved).reshape(-1, *moved.shape[len(others) :]))
+    examples = math.prod(moved.shape[: len(others)])
+    return Column(_plain(moved).reshape(examples, *moved.shape[len(others) :]))
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

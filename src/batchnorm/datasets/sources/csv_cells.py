@@ -112,13 +112,14 @@ def _fault(row: list[str], line: int, names: Sequence[str], numbers: Sequence[tu
     if any("\udc80" <= letter <= "\udcff" for cell in row for letter in cell):
         return f"expected UTF-8, got another encoding in line {line}. Convert it: iconv -f latin1 -t utf-8 OLD > NEW."
     for name, place in numbers:
-        if not _is_number(row[place]):
+        if not is_number(row[place]):
             where = f"{row[place][:40]!r} in line {line}"
             return f"expected a number in column {name!r}, got {where}. Mend it, or leave it empty for null."
     return ""
 
 
-def _is_number(cell: str) -> bool:
+def is_number(cell: str) -> bool:
+    """Whether a cell is a number, true, false or null."""
     text = cell.strip()
     if cell in NULLS or text.lower() in {"true", "false"}:
         return True

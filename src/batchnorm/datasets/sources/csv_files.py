@@ -17,7 +17,7 @@ from batchnorm.datasets.blocks import Block, Selection
 from batchnorm.datasets.sources.arrow_columns import columns_in, groups_in
 from batchnorm.datasets.sources.arrow_errors import reading
 from batchnorm.datasets.sources.byte_ranges import ByteRange
-from batchnorm.datasets.sources.csv_cells import NULLS, cells, cuts, fault, header_end
+from batchnorm.datasets.sources.csv_cells import NULLS, cells, cuts, fault, header_end, is_number
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import FilePlan, empty_block
@@ -108,9 +108,10 @@ class CsvPiece:
         by = selection.by if selection.by in features else ""
         constant = self.stored.partitions.get(selection.by)
         seen = False
-        for batch in self._batches(names, by, features):
+        for batch in self._batches([name for name in names if name != by], by, features):
             groups = groups_in(batch.column(by)) if by else (constant, ())
-            yield Block(batch.num_rows, columns_in(batch, dict.fromkeys(names, ())), *groups)
+            numbers = _with_numbers(batch, by) if by in names else batch
+            yield Block(batch.num_rows, columns_in(numbers, dict.fromkeys(names, ())), *groups)
             seen = True
         if not seen:
             yield empty_block(dict.fromkeys(names, ()))
@@ -146,6 +147,14 @@ class CsvPiece:
         with self._lines() as lines:
             what = fault(lines, before + 1, self.table.names, numbers, self.table.delimiter)
         return f"{self.stored.address}: {what}" if what else ""
+
+
+def _with_numbers(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+    """The batch with numbers instead of text in a column that is measured and has the groups."""
+    import pyarrow as pa
+
+    place = batch.schema.names.index(name)
+    return batch.set_column(place, name, batch.column(name).cast(pa.float64()))
 
 
 def plan(stored: StoredFile, options: Options) -> FilePlan:
@@ -230,8 +239,19 @@ def _header(stored: StoredFile, beginning: bytes, delimiter: str, options: Optio
         ) from error
     if not options.header:
         return [f"f{place}" for place in range(len(first))], start
+    if len(first) == 1 and not options.delimiter:
+        _check_delimiter(stored, first[0], delimiter)
     _check_names(stored, first)
     return first, end
+
+
+def _check_delimiter(stored: StoredFile, line: str, delimiter: str) -> None:
+    other = next((each for each in ";\t|," if each in line and each != delimiter), None)
+    if other is not None:
+        raise ValueError(
+            f"expected names of columns with {delimiter!r} between them, got {line[:80]!r} in the first line of "
+            f"{stored.address}. Say what separates its cells: delimiter={other!r} (--delimiter)."
+        )
 
 
 def _check_names(stored: StoredFile, names: list[str]) -> None:
@@ -295,16 +315,22 @@ def _types(
     except pa.ArrowInvalid as error:
         what = fault(io.BytesIO(samples[0]), 2, names, [], delimiter)
         raise ValueError(f"{stored.address}: {what or f'expected {WHAT} ({error}). Write it again.'}") from error
-    return tuple((field.name, _feature(field.type)) for field in batch.schema)
+    return tuple((name, _feature(batch.column(name))) for name in names)
 
 
-def _feature(kind: pa.DataType) -> Feature:
+def _feature(column: pa.ChunkedArray) -> Feature:
     from pyarrow import types
 
+    kind = column.type
     if types.is_null(kind):
         return Feature("null", (), "empty")
-    number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
-    return Feature("number" if number else "other", (), "text" if types.is_binary(kind) else str(kind))
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+        return Feature("number", (), str(kind))
+    if not types.is_string(kind):
+        return Feature("other", (), "text" if types.is_binary(kind) else str(kind))
+    texts = column.drop_null().to_pylist()
+    cell = next((text for text in texts if not is_number(text)), texts[0])
+    return Feature("other", (), f"text such as {cell[:40]!r}")
 
 
 def _settings(table: Table, types: Mapping[str, pa.DataType], block: int = 0) -> tuple:

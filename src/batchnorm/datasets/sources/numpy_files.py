@@ -135,6 +135,8 @@ def _layout(file: IO[bytes], name: str, member: str) -> Layout:
         header = literal_eval(text.decode("utf-8" if magic[6] > 2 else "latin-1"))
         dtype = np.lib.format.descr_to_dtype(header["descr"])
         shape = tuple(int(each) for each in header["shape"])
+        if any(each < 0 for each in shape):
+            raise ValueError(f"shape {shape}")  # noqa: TRY301 - the same error as of other wrong headers
     except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error
     return Layout(name, member, 8 + width + length, shape, dtype, bool(header["fortran_order"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from batchnorm.datasets.blocks import Piece, Selection
@@ -47,15 +47,24 @@ def pieces(data: Data, selection: Selection | None = None, options: Options | No
 
 def _addresses(data: Data, options: Options) -> dict[str, bool]:
     """Addresses of files, and whether each is a folder that counts as a file: a store of Zarr."""
-    given = [data] if isinstance(data, str | os.PathLike) else list(data)
-    if not given:
-        raise ValueError("expected a file, a folder or a pattern, or a list of them, got an empty list. Name a file.")
+    given = _given(data)
+    return {file: is_folder for each in given for file, is_folder in _files_at(os.fspath(each), options).items()}
+
+
+def _given(data: Data) -> list[Address]:
+    """The addresses that the user named."""
+    several = isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping | os.PathLike)
+    given = list(data) if several else [data]
     for each in given:
         if not isinstance(each, str | os.PathLike):
             raise TypeError(
                 f"expected a path or an address, or a list of them, got {type(each).__name__}. Name files of data."
             )
-    return {file: is_folder for each in given for file, is_folder in _files_at(os.fspath(each), options).items()}
+    if not given or "" in given:
+        raise ValueError(
+            f"expected a file, a folder or a pattern, or a list of them, got {data!r}. Name a file of data."
+        )
+    return given
 
 
 def _files_at(address: str, options: Options) -> dict[str, bool]:
@@ -66,7 +75,9 @@ def _files_at(address: str, options: Options) -> dict[str, bool]:
     if files == [address] or (len(files) == 1 and not _is_folder(address)):
         suited = files
     else:
-        suited = [file for file in files if _is_data(file, options)]
+        visible = [file for file in files if not _name(file).startswith(("_", "."))]
+        suited = [file for file in visible if _has_format(file, options)]
+        suited = suited or [file for file in visible if "." not in _name(file)]  # their first bytes say the format
     if not suited:
         raise ValueError(
             f"expected files with data, got {address} with {len(files)} files, none of them of a known format, such as "
@@ -80,9 +91,11 @@ def _is_folder(address: str) -> bool:
     return not is_remote(address) and Path(address).is_dir()
 
 
-def _is_data(file: str, options: Options) -> bool:
-    if PurePosixPath(file.replace("\\", "/")).name.startswith(("_", ".")):
-        return False
+def _name(file: str) -> str:
+    return PurePosixPath(file.partition("::")[0].replace("\\", "/")).name
+
+
+def _has_format(file: str, options: Options) -> bool:
     found = ZARR if zarr_stores.store_of(file) else by_suffix(file)
     return found is not None and options.format in {"", found.name}
 

@@ -220,7 +220,8 @@ def _damage(stored: StoredFile) -> Iterator[None]:
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
         if stored.address in str(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
+        why = " ".join(str(error).split())
         raise ValueError(
-            f"expected a tar file, got {stored.address}, which is damaged or no tar file: {error}. Write it again, or "
+            f"expected a tar file, got {stored.address}, which is damaged or no tar file: {why}. Write it again, or "
             "leave it out."
         ) from error
