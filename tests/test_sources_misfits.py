@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import http.server
 import os
 import sys
+import threading
 import zipfile
 from decimal import Decimal
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from test_sources import blocks, groups, read, table, write_csv, write_npz, writ
 
 from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.sources import Options, pieces
+from batchnorm.datasets.sources.formats import by_suffix
 
 fsspec = pytest.importorskip("fsspec")
 pa = pytest.importorskip("pyarrow")
@@ -378,6 +383,33 @@ def test_a_file_of_a_store_that_changes_is_refused(tmp_path: Path, store) -> Non
         read(found)
 
 
+@pytest.fixture
+def web(tmp_path: Path):
+    """Address of a server that sends the files of a folder as a whole: Python's server has no range requests."""
+    pytest.importorskip("aiohttp")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def copyfile(self, source, outputfile) -> None:
+            with contextlib.suppress(OSError):  # who reads the beginning closes the connection
+                super().copyfile(source, outputfile)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed|Unclosed:ResourceWarning")
+def test_servers_that_send_whole_files_only_are_read_through_a_cache(tmp_path: Path, web: str) -> None:
+    write_csv(tmp_path, pa.concat_tables([table()] * 5000))
+    with pytest.raises(OSError, match=r"t.csv cannot be read in parts, .* range requests. .* simplecache::http://"):
+        read(pieces(f"{web}/t.csv"))
+    assert len(read(pieces(f"simplecache::{web}/t.csv"))["i"]) == 5000 * 23
+
+
 def test_columns_of_a_store_are_fetched_without_the_others(
     tmp_path: Path,
 ) -> None:
@@ -435,3 +467,21 @@ def test_blocks_of_wide_tables_count_their_rows_once(tmp_path: Path, monkeypatch
     found = blocks(pieces(path, Selection(by="g")), Selection(by="g"))
     assert [(block.rows, len(block.columns)) for block in found] == [(2, 5), (0, 5), (0, 2)]
     assert all(block.labels == ("a", "b") for block in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://a/t.CSV?key=b/c.npy#d", "csv"),
+        ("simplecache::https://a/t.csv.gz", "csv"),
+        ("zip://t.npy::simplecache::s3://a/b.csv", "npy"),
+        ("a?b/c#d.parquet", "parquet"),
+        ("x::y.tar.gz", "tar"),
+        ("s3://b/t.zarr/", "zarr"),
+        ("s3://b.csv/t", None),
+        ("https://a/t?file=b.csv", None),
+    ],
+)
+def test_the_suffix_is_that_of_the_path(address: str, name: str | None) -> None:
+    found = by_suffix(address)
+    assert (found.name if found else None) == name

@@ -16,8 +16,8 @@ Address = str | os.PathLike[str]
 
 # what stores call the version of a file, best first: tags and checksums, then times of change
 _VERSIONS = (
-    "ETag", "etag", "md5Hash", "content_md5", "checksum", "CRC", "generation", "VersionId",
-    "mtime", "LastModified", "last_modified", "updated", "modified", "created",
+    "ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "checksum", "CRC", "generation", "VersionId",
+    "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created",
 )  # fmt: skip
 
 # at least two letters: a single letter is a drive of Windows
@@ -27,6 +27,16 @@ _PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]+(://|::.*://)", re.IGNORECASE)
 def is_remote(address: Address) -> bool:
     """Whether fsspec opens the address (``protocol://...``); other addresses are local paths."""
     return bool(_PROTOCOL.match(os.fspath(address)))
+
+
+def path_part(address: str) -> str:
+    """The part of an address that has the path of the file.
+
+    It is ``zip://a.csv`` of ``zip://a.csv::s3://b/c.zip``, ``s3://b/a.csv`` of ``simplecache::s3://b/a.csv``, and the
+    whole address if nothing is chained.
+    """
+    parts = address.split("::") if is_remote(address) else [address]
+    return next((part for part in parts if "://" in part), address)
 
 
 def listed(address: Address) -> list[str]:

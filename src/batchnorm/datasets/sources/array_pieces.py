@@ -15,7 +15,7 @@ from batchnorm.datasets.sources.array_axes import Axes, column_of, feature_of, f
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of
-from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
 
 
 class StoredArray(Protocol):
@@ -43,10 +43,9 @@ class StoredArray(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True)
-class ArrayPiece:
+class ArrayPiece(FilePiece):
     """Rows ``first`` to ``last - 1`` of the arrays of a file, of which ``size`` bytes are in this piece."""
 
-    stored: StoredFile
     arrays: tuple[StoredArray, ...]
     first: int
     last: int
@@ -54,20 +53,10 @@ class ArrayPiece:
     axes: Axes
 
     @property
-    def file(self) -> str:
-        """Address of the file."""
-        return self.stored.address
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the content of the file."""
-        return self.stored.fingerprint
-
-    @property
-    def key(self) -> str:
-        """Name of this piece, the same in every run while the file does not change."""
+    def part(self) -> str:
+        """Which part of the file this is, and how its values are read."""
         names = ",".join(each.name for each in self.arrays)
-        return self.stored.key(f"rows {self.first}-{self.last} of {names}, axis {self.axes}")
+        return f"rows {self.first}-{self.last} of {names}, axis {self.axes}"
 
     def blocks(self, selection: Selection) -> Iterator[Block]:
         """The rows, one array after another."""

@@ -22,7 +22,7 @@ from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
-from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,11 +61,10 @@ class Table:
 
 @final
 @dataclass(frozen=True, slots=True)
-class CsvPiece:
+class CsvPiece(FilePiece):
     """The lines in bytes ``start`` to ``end - 1`` of a file, which has no header there.
 
     Args:
-        stored: The file.
         table: What the file's pieces have in common.
         start: Place of the first line; in a compressed file that of its decompressed content.
         end: Place after the last line; -1 for the end of a compressed file.
@@ -73,7 +72,6 @@ class CsvPiece:
         shapes: Columns that have no number in the samples of this file, but in other files.
     """
 
-    stored: StoredFile
     table: Table
     start: int
     end: int
@@ -81,24 +79,14 @@ class CsvPiece:
     shapes: tuple[tuple[str, Shape], ...] = ()
 
     @property
-    def file(self) -> str:
-        """Address of the file."""
-        return self.stored.address
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the content of the file."""
-        return self.stored.fingerprint
-
-    @property
     def size(self) -> int:
         """Bytes of the file in this piece."""
         return self.stored.size if self.end < 0 else self.end - self.start
 
     @property
-    def key(self) -> str:
-        """Name of this piece, the same in every run while the file does not change."""
-        return self.stored.key(f"bytes {self.start}-{self.end}, {self.table.delimiter!r}")
+    def part(self) -> str:
+        """Which part of the file this is, and how its values are read."""
+        return f"bytes {self.start}-{self.end}, {self.table.delimiter!r}"
 
     def blocks(self, selection: Selection) -> Iterator[Block]:
         """The rows of the lines."""

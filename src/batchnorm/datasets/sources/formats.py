@@ -20,6 +20,7 @@ from batchnorm.datasets.sources import (
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import FilePlan, together
 from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.files.remote import path_part
 
 Plan = Callable[[Sequence[StoredFile], Options], list[FilePlan]]
 
@@ -83,10 +84,10 @@ def format_named(name: str) -> Format:
 
 def by_suffix(address: str) -> Format | None:
     """The format of a file by its name; None if no format has its suffix."""
-    name = address.partition("::")[0].rstrip("/").lower()
-    name = PurePosixPath(name.replace("\\", "/")).name
-    if address.lower().startswith(("http://", "https://")):
-        name = name.partition("?")[0].partition("#")[0]
+    path = path_part(address)
+    if path.lower().startswith(("http://", "https://")):
+        path = path.partition("?")[0].partition("#")[0]
+    name = PurePosixPath(path.rstrip("/").replace("\\", "/")).name.lower()
     return next((each for each in FORMATS if name.endswith(each.suffixes)), None)
 
 

@@ -19,6 +19,7 @@ from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import FilePlan
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape
 from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.files.remote import path_part
 
 NAME = "image"
 # Images that are fetched from a store at the same time: every request takes a while.
@@ -86,8 +87,9 @@ def _folders(files: Sequence[StoredFile]) -> dict[str, list[StoredFile]]:
     """The files of each folder, by its address."""
     found: dict[str, list[StoredFile]] = {}
     for stored in files:
-        path, chain, rest = stored.address.partition("::")
-        found.setdefault(f"{path.rpartition('/')[0] or '.'}{chain}{rest}", []).append(stored)
+        path = path_part(stored.address)
+        folder = stored.address.replace(path, path.rpartition("/")[0] or ".", 1)
+        found.setdefault(folder, []).append(stored)
     return found
 
 

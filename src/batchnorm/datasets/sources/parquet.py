@@ -21,7 +21,7 @@ from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
-from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,37 +36,25 @@ _JOINED = 4
 
 @final
 @dataclass(frozen=True, slots=True)
-class ParquetPiece:
+class ParquetPiece(FilePiece):
     """Row groups ``first`` to ``last - 1`` of a file.
 
     Args:
-        stored: The file.
         first: The first row group.
         last: The row group after the last one.
         size: Bytes of these row groups.
         shapes: Shapes of columns of lists, whose type does not say their lengths.
     """
 
-    stored: StoredFile
     first: int
     last: int
     size: int
     shapes: tuple[tuple[str, Shape], ...] = ()
 
     @property
-    def file(self) -> str:
-        """Address of the file."""
-        return self.stored.address
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the content of the file."""
-        return self.stored.fingerprint
-
-    @property
-    def key(self) -> str:
-        """Name of this piece, the same in every run while the file does not change."""
-        return self.stored.key(f"row groups {self.first}-{self.last}")
+    def part(self) -> str:
+        """Which part of the file this is, and how its values are read."""
+        return f"row groups {self.first}-{self.last}"
 
     def blocks(self, selection: Selection) -> Iterator[Block]:
         """The rows of the row groups, in strips of columns."""

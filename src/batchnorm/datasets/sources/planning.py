@@ -13,7 +13,7 @@ from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.plans import together
 from batchnorm.datasets.sources.schemas import measured
 from batchnorm.datasets.sources.stored_files import StoredFile
-from batchnorm.files.remote import Address, is_pattern, is_remote, listed
+from batchnorm.files.remote import Address, is_pattern, is_remote, listed, path_part
 
 Data = Address | Sequence[Address]
 
@@ -92,7 +92,7 @@ def _is_folder(address: str) -> bool:
 
 
 def _name(file: str) -> str:
-    return PurePosixPath(file.partition("::")[0].replace("\\", "/")).name
+    return PurePosixPath(path_part(file).replace("\\", "/")).name
 
 
 def _has_format(file: str, options: Options) -> bool:

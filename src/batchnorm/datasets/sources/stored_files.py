@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import BinaryIO, final
 from urllib.parse import unquote
 
 from batchnorm.datasets.blocks import NO_GROUP
-from batchnorm.files.remote import details, is_remote, opened
+from batchnorm.files.remote import details, is_remote, opened, path_part
 
 # the value of a partition whose rows have null, by the convention of Hive
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -86,14 +87,60 @@ class StoredFile:
             OSError: If it cannot be read.
         """
         self.check()
-        with opened(self.address, ahead=ahead) as file:
+        with opened(self.address, ahead=ahead) as file, self._reading_parts():
+            if not file.seekable():
+                raise ValueError("no range requests")
             yield file
+
+    @contextmanager
+    def _reading_parts(self) -> Iterator[None]:
+        """A block that reads parts of the file; some servers only send whole files."""
+        try:
+            yield
+        except ValueError as error:
+            if "range requests" not in str(error):  # the words of fsspec
+                raise
+            raise OSError(
+                f"{self.address} cannot be read in parts, because its server does not support range requests. Read it "
+                f"through a copy on this machine: simplecache::{self.address}"
+            ) from error
 
     @property
     def partitions(self) -> dict[str, str]:
         """What folders say of a file: {"year": "2024", "folder": "year=2024"} for t/year=2024/part.parquet."""
-        folders = self.address.partition("::")[0].replace("\\", "/").split("/")[:-1]
+        folders = path_part(self.address).replace("\\", "/").split("/")[:-1]
         parts = (part.partition("=") for part in folders)
         found = {unquote(name): unquote(value) for name, is_one, value in parts if is_one and name}
         found = {name: NO_GROUP if value == _NO_PARTITION else value for name, value in found.items()}
         return {"folder": folders[-1] if folders else "", **found}
+
+
+@dataclass(frozen=True, slots=True)
+class FilePiece(ABC):
+    """A piece of a single file.
+
+    Args:
+        stored: The file.
+    """
+
+    stored: StoredFile
+
+    @property
+    def file(self) -> str:
+        """Address of the file."""
+        return self.stored.address
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the content of the file."""
+        return self.stored.fingerprint
+
+    @property
+    def key(self) -> str:
+        """Name of this piece, the same in every run while the file does not change."""
+        return self.stored.key(self.part)
+
+    @property
+    @abstractmethod
+    def part(self) -> str:
+        """Which part of the file this is, and how its values are read."""

@@ -26,7 +26,7 @@ from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of
-from batchnorm.datasets.sources.stored_files import StoredFile
+from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
 
 _TEXTS = ("cls", "txt")
 # a member of more bytes is no example
@@ -39,32 +39,20 @@ Example = dict[str, tuple[str, bytes]]
 
 @final
 @dataclass(frozen=True, slots=True)
-class TarPiece:
+class TarPiece(FilePiece):
     """A shard.
 
     Args:
-        stored: The file.
         features: The columns, by name.
         endings: For each ending of members the column that it is.
         mode: The mode of Pillow to which images are converted.
         axes: The channel axes of arrays, counted as if axis 0 had the examples.
     """
 
-    stored: StoredFile
     features: tuple[tuple[str, Feature], ...]
     endings: tuple[tuple[str, str], ...]
     mode: str
     axes: Axes
-
-    @property
-    def file(self) -> str:
-        """Address of the file."""
-        return self.stored.address
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the content of the file."""
-        return self.stored.fingerprint
 
     @property
     def size(self) -> int:
@@ -72,9 +60,9 @@ class TarPiece:
         return self.stored.size
 
     @property
-    def key(self) -> str:
-        """Name of this piece, the same in every run while the file does not change."""
-        return self.stored.key(f"shard, {self.mode}, axis {self.axes}")
+    def part(self) -> str:
+        """Which part of the file this is, and how its values are read."""
+        return f"shard, {self.mode}, axis {self.axes}"
 
     def blocks(self, selection: Selection) -> Iterator[Block]:
         """The examples of the shard."""
