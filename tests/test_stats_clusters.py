@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_pieces import FakePiece
@@ -21,6 +22,10 @@ from batchnorm.datasets.statistics_files import to_bytes
 
 PIECES = [FakePiece(i, rows=10 + i) for i in range(12)]
 ALL = Selection()
+LOCAL = {
+    "n_workers": 2, "threads_per_worker": 1, "silence_logs": logging.CRITICAL, "dashboard_address": "127.0.0.1:0",
+    "scheduler_kwargs": {"dashboard": False},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +33,7 @@ def dask() -> Iterator[Engine]:
     """The engine on a cluster that runs already."""
     from distributed import LocalCluster
 
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
-    ) as cluster:
+    with LocalCluster(**LOCAL) as cluster:
         yield engine("dask", address=cluster.scheduler_address)
 
 
@@ -39,7 +42,8 @@ def ray() -> Iterator[Engine]:
     """The engine with a connection of the program to local workers."""
     import ray
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import the pieces
         warnings.simplefilter("ignore")  # Ray's own
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
         yield engine("ray")
@@ -65,21 +69,23 @@ def test_the_bits_are_those_of_threads_also_if_a_worker_is_killed(cluster, tmp_p
 @pytest.mark.filterwarnings("ignore")
 def test_an_error_of_a_worker_is_ours(cluster):
     broken = [FakePiece(i, error=ValueError("broken") if i == 3 else None) for i in range(6)]
-    with pytest.raises(ValueError, match=r"^/data/1\.parquet: broken$"):
+    with pytest.raises(ValueError, match="broken") as caught:
         measured(broken, ALL, cluster)
+    assert str(caught.value) == "/data/1.parquet: broken"  # the worker's traceback is a note
     lost = [FakePiece(i, error=FileNotFoundError(2, "No such file") if i == 3 else None) for i in range(6)]
     with pytest.raises(FileNotFoundError, match=r"^/data/1\.parquet: No such file\. Workers of (Ray|Dask) may be on"):
         measured(lost, ALL, cluster)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_piece_that_kills_every_worker_ends_the_job_with_an_error(dask):
     """Dask gives up after the fourth worker."""
     import distributed
 
     deadly = [FakePiece(0), FakePiece(1, kills="always"), FakePiece(2)]
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        distributed.LocalCluster(**LOCAL) as cluster,
         pytest.raises(ChildProcessError, match=r"Dask could not measure every piece: KilledWorker: .* memory\.$"),
     ):
         measured(deadly, ALL, engine("dask", address=cluster.scheduler_address))

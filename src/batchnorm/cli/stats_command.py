@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from batchnorm.datasets.measurement import Progress
     from batchnorm.reporting.rows import Report
 
-_LIMIT = 0.1  # that of datasets.comparison, which loads NumPy
+_LIMIT = 0.1  # LIMIT of datasets.comparison, which --help does without
 
 
 @click.command()
@@ -132,8 +132,8 @@ def _compare(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:
     columns = asked.names or next((tuple(each.columns) for each in (first, second) if each), ())
     a = first or _of_data(asked, asked.data[0], columns, quiet)
     b = second or _of_data(asked, asked.data[1], asked.names or tuple(a.columns), quiet)
-    result = compare(a, b, limit=asked.limit)
-    return result.report(*asked.data), not result.beyond
+    result = compare(a, b, limit=asked.limit, columns=asked.names or None)
+    return result.report(command="batchnorm stats --compare", target=" ".join(asked.data)), not result.differs
 
 
 _WORKS: Mapping[str, Callable[[StatsOptions, bool], tuple[Report, bool]]] = {

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # thread has one. All of them and the blocks of 8 threads, 64 MB each, are below 1 GB
 _MOST_BYTES = 16_000_000
 _BYTES_PER_COLUMN = 1500  # the Python objects of one ColumnStatistics, measured
-_BYTES_PER_FEATURE = 72  # its nine numbers
+_BYTES_PER_FEATURE = 88  # its eleven numbers
 
 
 def require_few_groups(statistics: DataStatistics) -> DataStatistics:

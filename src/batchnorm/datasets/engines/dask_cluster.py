@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
@@ -44,7 +45,10 @@ class DaskCluster:
 
         if self._address is None:
             workers = self._workers or processors()
-            local = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=50)
+            local = LocalCluster(
+                n_workers=workers, threads_per_worker=1, silence_logs=logging.CRITICAL,
+                dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
+            )  # fmt: skip
             with local, Client(local) as client:
                 yield client
             return
