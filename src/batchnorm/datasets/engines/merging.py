@@ -25,7 +25,7 @@ def merged(partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
         _insert(nodes, 0, index, partial)
     if not nodes:
         raise ValueError("merging needs the statistics of one piece or more, got none. Name data that have examples.")
-    return reduce(_sum, (nodes[place] for place in sorted(nodes, key=_start)))
+    return require_few_groups(reduce(_sum, (nodes[place] for place in sorted(nodes, key=_start))))
 
 
 def _insert(nodes: dict[tuple[int, int], DataStatistics], level: int, index: int, value: DataStatistics) -> None:
