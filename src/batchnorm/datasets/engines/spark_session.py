@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _Job = tuple[int, bytearray]
 _WAVE = 4  # pieces for each core in one job of Spark, whose results come when all of the job is done
 
+_ATTEMPTS = 4  # of a piece whose worker is killed, as clusters have it; local sessions make one by default
 _REMOTE_CORES = 16  # assumed for Spark Connect, which does not say how many there are
 _SETTINGS = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "ERROR"}
 
@@ -54,7 +55,7 @@ class SparkEngine:
             return
         if self._address is not None:
             require_reachable("Spark", self._address)
-        address = self._address or f"local[{self._workers or '*'}]"
+        address = self._address or f"local[{self._workers or '*'},{_ATTEMPTS}]"
         with _this_python() if address.startswith("local") else nullcontext():
             try:
                 builder = SparkSession.builder.appName("batchnorm stats")
