@@ -11,6 +11,7 @@ import batchnorm
 from batchnorm.doctor.measuring.model_evidence import modules_of
 from batchnorm.replicas import Difference, Replicas
 from batchnorm.reporting.severity import Severity
+from batchnorm.rules.phrases import measure_again
 from batchnorm.rules.rule_evidence import InputsApart, Loop, Ranks, Structure
 
 PARALLEL = Structure(training=True, wrappers=("DistributedDataParallel",), broadcasts_buffers=True)
@@ -153,3 +154,9 @@ def test_ranks_with_other_data_are_found_whatever_the_batch_size(in_sd, examples
     found = findings("BN601", compared(inputs={"bn": InputsApart(in_sd, examples)}, **settings))
     assert bool(found) is fires
     assert not fires or f"its inputs differs between ranks by {in_sd:.2g} sd in bn" in found[0].measured
+
+
+@pytest.mark.parametrize("evidence", [processes(), processes(HEALTHY.structure, Loop(world_size=2))])
+def test_several_processes_measure_again_together(evidence):
+    assert measure_again(evidence) == 'batchnorm.recalibrate(model, loader, group="all") on all ranks'
+    assert measure_again(HEALTHY) == "batchnorm.recalibrate(model, loader)"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from batchnorm.reporting.severity import Severity
 from batchnorm.rules.bn1_stale_statistics import STALE_MEAN
 from batchnorm.rules.finding import STATISTICS, Finding, Unknown
-from batchnorm.rules.phrases import listed
+from batchnorm.rules.phrases import has_several_processes, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,6 @@ _NOISE = 4.0
 # the mean of M independent examples has a noise of 1/sqrt(M) sd: 0.18 for 32, the batch size that most networks were
 # tuned for
 ENOUGH_EXAMPLES = 32
-_PARALLEL = "DistributedDataParallel"
 
 
 def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
@@ -54,7 +53,7 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     size = loop.batch_size if loop else None
     layers = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
     apart, is_few = _inputs_apart(evidence, layers), size is None or size < ENOUGH_EXAMPLES
-    if _has_several_processes(evidence) and layers and (is_few or apart):
+    if has_several_processes(evidence) and layers and (is_few or apart):
         yield Finding(
             "",
             f"no synchronization in {listed(layers)}; "
@@ -74,12 +73,6 @@ def _inputs_apart(evidence: Evidence, layers: Iterable[str]) -> str:
         return ""
     most = max(apart, key=lambda name: apart[name])
     return f"; the mean of its inputs differs between ranks by {apart[most]:.2g} sd in {listed([most])}"
-
-
-def _has_several_processes(evidence: Evidence) -> bool:
-    """Whether the caller or a wrapper of the model says that several processes train together."""
-    structure, loop = evidence.structure, evidence.loop
-    return (loop is not None and loop.world_size > 1) or (structure is not None and _PARALLEL in structure.wrappers)
 
 
 def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
@@ -104,7 +97,7 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
     References:
         pytorch#78078.
     """
-    severity = Severity.ERROR if _has_several_processes(evidence) else Severity.INFO
+    severity = Severity.ERROR if has_several_processes(evidence) else Severity.INFO
     for name, module in (evidence.modules or {}).items():
         if module.is_sync and not module.syncs_on_cpu and module.device == "cpu" and not module.frozen:
             yield Finding(name, f"{module.kind} on the CPU", severity=severity)
@@ -127,8 +120,9 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
 
     Fix:
         batchnorm.convert(model, sync=True): all processes store the same statistics, bit for bit. Or leave the argument
-        out, as buffers are broadcast by default. batchnorm.broadcast_statistics(model) copies the statistics of one
-        process to all before evaluating or saving, and batchnorm.check_replicas(model) says whether they are the same.
+        out, as buffers are broadcast by default. Before evaluating or saving, batchnorm.recalibrate(model, loader,
+        group="all") gives all processes the statistics of the data of all, and batchnorm.broadcast_statistics(model)
+        those of one process. batchnorm.check_replicas(model) says whether they are the same.
 
     References:
         pytorch#13711; timm#110.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.rule_evidence import Evidence, MeasuredLayer
 
+_PARALLEL = "DistributedDataParallel"
 _DATA = "--data data.py:train_loader"
 # the formats that ``batchnorm fix`` writes, for files with states. A file with a graph or a model has to be made again
 _WRITABLE = {"pt", "safetensors"}
@@ -81,7 +82,15 @@ def measure_again(evidence: Evidence) -> str:
         return CommandLine("batchnorm fix model.py:make_model --weights", _target(evidence), _DATA)
     if _is_known(evidence):
         return CommandLine("batchnorm fix", _target(evidence), _DATA)
+    if has_several_processes(evidence):
+        return 'batchnorm.recalibrate(model, loader, group="all") on all ranks'
     return "batchnorm.recalibrate(model, loader)"
+
+
+def has_several_processes(evidence: Evidence) -> bool:
+    """Whether the caller or a wrapper of the model says that several processes train together."""
+    structure, loop = evidence.structure, evidence.loop
+    return (loop is not None and loop.world_size > 1) or (structure is not None and _PARALLEL in structure.wrappers)
 
 
 def count_calls(evidence: Evidence) -> str:
