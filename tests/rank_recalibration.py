@@ -7,8 +7,11 @@ the first one with NumPy.
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -515,6 +518,32 @@ def a_group_of_one_rank_is_one_process_to_the_bit() -> None:
         (a, found), (b, _) = (recalibrated(network(), batches, **options, group=g) for g in (dist.group.WORLD, None))
         assert all(x.equal(y) for x, y in zip(a.buffers(), b.buffers(), strict=True))
         require_same_on_all(a, found)
+
+
+@check(2, 3)
+def ctrl_c_during_an_exchange_takes_effect_after_it_and_ends_all_ranks() -> list[str]:
+    from batchnorm.population import pool
+
+    plain, parts, texts = pool.of_all_ranks, shards(data()), []
+
+    def interrupted(stages: list[str], at: int, value: Any, *rest: Any) -> list[Any]:
+        stages.append(value.stage)
+        if rank() == 1 and len(stages) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(value, *rest)
+
+    try:
+        for at in (1, 2, 4):
+            pool.of_all_ranks = partial(interrupted, [], at)
+            model = network()
+            kind = KeyboardInterrupt if rank() == 1 else RuntimeError
+            texts.append(message(kind, bn.recalibrate, model, parts[rank()], group="all"))
+            assert all(a.equal(b) for a, b in zip(model.buffers(), network().buffers(), strict=True))
+    finally:
+        pool.of_all_ranks = plain
+    assert rank() == 1 or all("KeyboardInterrupt on rank 1" in text for text in texts), texts
+    require_like_one_process(network(), parts)
+    return texts
 
 
 @check(2)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import distributed
 
-from batchnorm.processes.collectives import of_all_ranks
+from batchnorm.processes.collectives import of_all_ranks, uninterrupted
 from batchnorm.processes.membership import members, ranks_as_words, values_by_rank
 
 if TYPE_CHECKING:
@@ -255,11 +255,10 @@ class Pool:
         if self._group is None or not self.is_shared:
             return [message]
         _log.debug("%s exchanges %s", self.who, message.stage)
-        try:
-            messages = of_all_ranks(message, self._group, self.who, message.stage)
-        except BaseException:
+        with uninterrupted():  # Ctrl-C is raised at its end, when it is known whether the exchange failed
             self._is_over = True
-            raise
+            messages = of_all_ranks(message, self._group, self.who, message.stage)
+            self._is_over = False
         if not all(isinstance(each, _Message) for each in messages):
             self._is_over = True
             raise RuntimeError(f"{self.who} met another collective. Call it on all ranks of its group, in one order.")
@@ -269,10 +268,10 @@ class Pool:
         """Send an error of this rank to the others, in place of the next message."""
         if self._is_over or self._is_in_forward or not self.is_shared:
             return
-        self._is_over = True
         _log.info("%s has failed here and waits to report it: %r", self.who, error)
         with suppress(RuntimeError):
             self._gathered(_Message("a failure", failure=f"{type(error).__name__}: {error}".strip(": ")))
+        self._is_over = True
 
 
 def _about_failures(who: str, failures: list[tuple[int, str]]) -> str:

@@ -60,8 +60,7 @@ def of_all_ranks(value: object, group: ProcessGroup, who: str, what: str) -> lis
     """
     values: list[object] = [None] * distributed.get_world_size(group)
     try:
-        with uninterrupted():
-            distributed.all_gather_object(values, value, group=group)
+        distributed.all_gather_object(values, value, group=group)
     except Exception as error:  # bytes of another collective may fail in any way
         need = f"{who} needs {what} of {ranks_in_words(group)}"
         raise RuntimeError(about_failure(group, need, f"or does not call {who} with this group", error)) from error
