@@ -165,6 +165,35 @@ def test_statistics_are_merged():
     assert "t0.parquet twice" in text
 
 
+def test_training_data_are_compared_with_serving_data():
+    told("t0.parquet", "t1.parquet", "-o", A)
+    code, text = told("--compare", A, "t2.parquet", "--limit", "1")
+    assert code == 0, text
+    moved = table(2).set_column(0, "age", pa.array(values(2)["age"] + 20))
+    pq.write_table(moved, "t3.parquet")
+    code, text = told("--compare", A, "t3.parquet")
+    assert code == 1, text
+    assert "age" in text
+    code, text = told("--compare", A, "t3.parquet", "--output-format", "json")
+    assert code == 1
+    assert "age" in json.dumps(json.loads(text))
+
+
+def test_data_are_measured_for_a_comparison_as_the_statistics_were():
+    told("t0.parquet", "-o", A, "--columns", "age", "--by", "g")
+    code, text = told("--compare", A, "t0.parquet", "--output-format", "json")
+    assert code == 0, text
+    code, text = told("--compare", "t0.parquet", "t1.parquet", "--columns", "age", "--limit", "2")
+    assert (code, "income" in text) == (0, False)
+
+
+def test_the_limit_of_a_comparison_is_that_of_the_library():
+    from batchnorm.cli.stats_command import stats
+    from batchnorm.datasets.comparison import LIMIT
+
+    assert next(param.default for param in stats.params if param.name == "limit") == LIMIT
+
+
 def test_an_interrupted_run_goes_on(monkeypatch):
     found, selection = pieces(["t0.parquet", "t1.parquet"]), Selection()
     place = Path(f"all{LEDGER}")

@@ -126,14 +126,19 @@ def _merge(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:  # noqa: AR
 
 
 def _compare(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:
+    from batchnorm.datasets.blocks import Selection
     from batchnorm.datasets.comparison import compare
 
-    first, second = (_read(each) if each.endswith(SUFFIX) else None for each in asked.data)
-    columns = asked.names or next((tuple(each.columns) for each in (first, second) if each), ())
-    a = first or _of_data(asked, asked.data[0], columns, quiet)
-    b = second or _of_data(asked, asked.data[1], asked.names or tuple(a.columns), quiet)
+    known = [_read(each) if each.endswith(SUFFIX) else None for each in asked.data]
+    usual = next((each for each in known if each), None)  # statistics decide what is measured of data
+    columns = asked.names or (tuple(usual.columns) if usual else ())
+    by = asked.by or (usual.by if usual else "")
+    a, b = (
+        each or _of_data(asked, data, Selection(columns=columns, by=by), quiet)
+        for each, data in zip(known, asked.data, strict=True)
+    )
     result = compare(a, b, limit=asked.limit, columns=asked.names or None)
-    return result.report(command="batchnorm stats --compare", target=" ".join(asked.data)), not result.differs
+    return result.report(*asked.data), not result.beyond
 
 
 _WORKS: Mapping[str, Callable[[StatsOptions, bool], tuple[Report, bool]]] = {
@@ -141,13 +146,11 @@ _WORKS: Mapping[str, Callable[[StatsOptions, bool], tuple[Report, bool]]] = {
 }  # fmt: skip
 
 
-def _of_data(asked: StatsOptions, data: str, columns: tuple[str, ...], quiet: bool) -> DataStatistics:
-    from batchnorm.datasets.blocks import Selection
+def _of_data(asked: StatsOptions, data: str, selection: Selection, quiet: bool) -> DataStatistics:
     from batchnorm.datasets.engines import engine
     from batchnorm.datasets.measurement import measured
     from batchnorm.datasets.sources import pieces
 
-    selection = Selection(columns=columns, by=asked.by)
     how = engine(asked.engine, address=asked.address, workers=asked.workers)
     with _reading():
         found = pieces(data, selection, asked.reading())
