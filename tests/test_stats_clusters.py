@@ -15,7 +15,7 @@ from fake_pieces import FakePiece
 
 from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.engines import engine
-from batchnorm.datasets.engines.clusters import explained
+from batchnorm.datasets.engines.clusters import explained, require_no_address
 from batchnorm.datasets.engines.protocol import Engine
 from batchnorm.datasets.measurement import measured
 from batchnorm.datasets.statistics_files import to_bytes
@@ -108,6 +108,13 @@ def test_errors_of_an_engine_become_ours():
         raise RuntimeError("long\n trace\nout of heap.")
     with pytest.raises(ValueError, match=r"^ours$"), explained("Dask"):
         raise ValueError("ours")
+
+
+def test_an_address_is_refused_beside_a_connection():
+    """The connection would be used, and the address ignored."""
+    require_no_address("Ray", None)
+    with pytest.raises(ValueError, match=r"connected to Ray already, got the address 'h:1'\. Leave the address out"):
+        require_no_address("Ray", "h:1")
 
 
 @pytest.mark.parametrize("name", ["dask", "ray"])

@@ -28,6 +28,19 @@ def require_reachable(engine: str, address: str) -> None:
         raise unreachable(engine, address, error) from error
 
 
+def require_no_address(engine: str, address: str | None) -> None:
+    """Refuse an address in a program that has a connection already, which would be used instead.
+
+    Raises:
+        ValueError: If there is an address.
+    """
+    if address is not None:
+        raise ValueError(
+            f"this program is connected to {engine} already, got the address {address!r}. Leave the address out to use "
+            "the connection, or close the connection first."
+        )
+
+
 def unreachable(engine: str, address: str, error: BaseException) -> OSError:
     """The error for a cluster that cannot be reached."""
     why = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import Outcome, packed, successes, unpacked
-from batchnorm.datasets.engines.clusters import explained, require_reachable, unreachable
+from batchnorm.datasets.engines.clusters import explained, require_no_address, require_reachable, unreachable
 
 if TYPE_CHECKING:
     from batchnorm.datasets.blocks import Piece
@@ -41,11 +41,12 @@ class RayData:
         """A block with a connection to Ray. A connection that the program has already is used and stays."""
         import ray
 
-        if ray.is_initialized():
-            yield
-            return
         if self._address is not None:
             require_reachable("Ray", self._address)
+        if ray.is_initialized():
+            require_no_address("Ray", self._address)
+            yield
+            return
         try:
             ray.init(
                 self._address or "local", num_cpus=self._workers, include_dashboard=None if self._address else False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 
 from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import Outcome, packed, successes, unpacked
-from batchnorm.datasets.engines.clusters import explained, require_reachable, unreachable
+from batchnorm.datasets.engines.clusters import explained, require_no_address, require_reachable, unreachable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,11 +50,12 @@ class SparkEngine:
         """The program's session, which stays; or a new one, which ends with the block."""
         from pyspark.sql import SparkSession
 
-        if (active := SparkSession.getActiveSession()) is not None:
-            yield active
-            return
         if self._address is not None:
             require_reachable("Spark", self._address)
+        if (active := SparkSession.getActiveSession()) is not None:
+            require_no_address("Spark", self._address)
+            yield active
+            return
         address = self._address or f"local[{self._workers or '*'},{_ATTEMPTS}]"
         with _this_python() if address.startswith("local") else nullcontext():
             try:
