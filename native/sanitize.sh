@@ -4,7 +4,7 @@
 #
 # thread:  thread_test.cpp under ThreadSanitizer. The Python tests cannot run under it: torch's OpenMP runtime is not
 #          instrumented, so ThreadSanitizer does not see that a loop ends before the next one, and reports a race.
-# address: thread_test.cpp, then tests/test_native.py, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# address: thread_test.cpp, then tests/test_native.py and tests/test_datasets_statistics.py, under AddressSanitizer and UndefinedBehaviorSanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,4 +51,4 @@ library() { "${CXX:-g++}" -print-file-name="$1"; }
 # Python and torch keep memory until they exit, so leaks are not reported; accesses outside of memory blocks are.
 LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder/site" PYTHONDONTWRITEBYTECODE=1 \
-  .venv/bin/python -m pytest -q -p no:cacheprovider tests/test_native.py
+  .venv/bin/python -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_datasets_statistics.py

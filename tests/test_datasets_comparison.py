@@ -116,6 +116,7 @@ def test_differences_below_the_limit_are_none_however_sure_they_are() -> None:
 def test_differences_beyond_the_limit_need_enough_values() -> None:
     a = normal(1000)
     assert found(a, a[:4] + 0.5) == set()
+    assert "mean" not in found(a, 1 + a[:4] / 1000)  # four values that are alike do not tell how they vary
     assert found(a, a + 0.5) == {"mean"}
     assert found(a, a[:6] + 10) == {"mean"}
     assert found(a, normal(50, 0, 10, 1)) == {"spread"}
@@ -235,7 +236,7 @@ def test_the_report_names_each_difference_in_a_sentence() -> None:
     words = {(row.rule, row.place): row.words for row in report.rows}
     assert "x: mean moved by 0.987 (error 0.07" in words["mean-differs", "x"]
     assert "y: share of NaN values changed from 0 % to" in words["missing-values-differ", "y"]
-    assert "c: mean moved by inf standard deviations of A, from 1 to 2" in words["mean-differs", "c"]
+    assert "c: mean moved by inf standard deviations of A, from 1.000 to 2.000" in words["mean-differs", "c"]
     assert "standard deviation changed from" in words["spread-differs", "line\nbreak"]
     assert words["feature-missing", "only"] == "only: only A has this feature"
     assert report.headline == "4 of 4 features differ; 1 feature on one side only"

@@ -394,6 +394,7 @@ def test_groups_are_measured_apart_and_their_union_is_the_total() -> None:
             require_exact(group.columns["x"], x[(key == name) & present])
             assert group.columns["x"].null == ((key == name) & ~present).sum()
         require_exact(found.columns["v"], v, merges=3)
+        assert found.columns["x"].null == (~present).sum()
         assert found.rows == 900
 
 
