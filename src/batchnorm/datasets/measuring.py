@@ -9,6 +9,7 @@ import numpy as np
 from batchnorm.datasets.blocks import Block, Column
 from batchnorm.datasets.column_statistics import RunningStatistics
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, union
+from batchnorm.datasets.group_limit import require_few_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,13 +24,17 @@ def measure(piece: Piece, selection: Selection) -> DataStatistics:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If its content is damaged or has not what was selected, or a column's shape or unit changes.
+        ValueError: If its content is damaged or has not what was selected, if a column's shape or unit changes, or if
+            there are too many groups for memory.
         TypeError: If a selected column has no numbers.
     """
     groups: dict[str | None, _RunningPartial] = {}
     for block in piece.blocks(selection):
         for name, rows in _by_group(block):
             groups.setdefault(name, _RunningPartial()).add(rows)
+        if len(groups) > 1:
+            some = next(iter(groups.values())).partial
+            require_few_groups(DataStatistics(some, selection.by, {str(name): some for name in groups}))
     if set(groups) <= {None}:
         return DataStatistics(groups[None].partial if groups else Partial(0, {}), selection.by)
     named = {str(name): groups[name].partial for name in sorted(groups, key=str)}

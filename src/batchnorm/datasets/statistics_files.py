@@ -14,15 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, Source
 from batchnorm.datasets.feature_sums import COUNTS, NUMBERS, FeatureSums
-from batchnorm.files.sidecar import Sidecar
-from batchnorm.files.whole import replacing
+from batchnorm.files.sidecar import Sidecar, write_whole
 from batchnorm.package_version import VERSION
 from batchnorm.reporting.json_values import Json, to_json
 
@@ -46,26 +44,25 @@ def write(statistics: DataStatistics, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: If the path does not end in .bnstats.safetensors.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol of an address, is not installed.
         OSError: If a file cannot be written.
     """
-    path = _FILE.path(path).absolute()
-    data = to_bytes(statistics)
-    made_from = {"file": path.name, "sha256": sha256(data).hexdigest()}
+    place, data = _FILE.named(path), to_bytes(statistics)
+    made_from = {"file": place.replace("\\", "/").rpartition("/")[2], "sha256": sha256(data).hexdigest()}
     text = to_json({**as_json(statistics), "made_from": made_from})
-    with replacing(path) as file:
-        file.write(data)
-    with replacing(path.with_name(path.name.removesuffix(SUFFIX) + ".bnstats.json")) as file:
-        file.write(text.encode("ascii") + b"\n")
+    write_whole(place, data)
+    write_whole(place.removesuffix(SUFFIX) + ".bnstats.json", text.encode("ascii") + b"\n")
 
 
 def read(path: str | os.PathLike[str]) -> DataStatistics:
-    """Read a safetensors file from ``write``.
+    """Read a safetensors file from ``write``, at a path or an address of fsspec.
 
     Raises:
         ValueError: If the file is damaged, or of another kind or version.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
         OSError: If the file cannot be read.
     """
-    return from_bytes(Path(path).read_bytes(), str(path))
+    return _of_file(*_FILE.read(path), str(path))
 
 
 def to_bytes(statistics: DataStatistics) -> bytes:
@@ -99,7 +96,10 @@ def from_bytes(data: bytes, name: str = "the data") -> DataStatistics:
     Raises:
         ValueError: If the bytes are damaged, or of another kind or version.
     """
-    about, tensors = _FILE.from_bytes(data, name)
+    return _of_file(*_FILE.from_bytes(data, name), name)
+
+
+def _of_file(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: str) -> DataStatistics:
     try:
         return _checked(about, tensors)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -49,23 +49,14 @@ class Sidecar(Generic[_Tensor]):
             ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
             OSError: If the file cannot be written.
         """
-        name = self._named(path)
-        data = self.to_bytes(about, tensors)
-        if is_remote(name):
-            remote_writing.write(name, data)
-            return
-        with replacing(Path(name).absolute()) as file:
-            file.write(data)
+        write_whole(self.named(path), self.to_bytes(about, tensors))
 
-    def path(self, path: str | os.PathLike[str]) -> Path:
-        """The path, which must end in ``suffix``.
+    def named(self, path: str | os.PathLike[str]) -> str:
+        """The path or address as text, which must end in ``suffix``.
 
         Raises:
             ValueError: If it does not.
         """
-        return Path(self._named(path))
-
-    def _named(self, path: str | os.PathLike[str]) -> str:
         name = os.fspath(path)
         if not name.endswith(self.suffix):
             raise ValueError(
@@ -124,6 +115,20 @@ def _contiguous(tensor: Any) -> Any:
     import numpy as np
 
     return np.ascontiguousarray(tensor)
+
+
+def write_whole(name: str, data: bytes) -> None:
+    """Write a local or remote file as a whole or not at all; an old file is replaced.
+
+    Raises:
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
+        OSError: If the file cannot be written.
+    """
+    if is_remote(name):
+        remote_writing.write(name, data)
+        return
+    with replacing(Path(name).absolute()) as file:
+        file.write(data)
 
 
 def _content(name: str) -> bytes:
