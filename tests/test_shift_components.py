@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm.shift import Reference
-from batchnorm.shift.evidence import KINDS, ShiftEvidence
+from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.layer_evidence import KINDS
 from batchnorm.shift.principal_components import TOGETHER, Components, axes_shape, halves
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple)

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from batchnorm.shift.conformal import CELLS, EDGE
-from batchnorm.shift.evidence import KINDS, ShiftEvidence, stakes_for
+from batchnorm.shift.evidence import ShiftEvidence, stakes_for
+from batchnorm.shift.layer_evidence import KINDS
 from batchnorm.shift.scores import KIND_OF
 
 if TYPE_CHECKING:
