@@ -13,6 +13,7 @@ from batchnorm.cli import stats_command
 from batchnorm.datasets.blocks import Column
 from batchnorm.datasets.column_statistics import ColumnStatistics
 from batchnorm.datasets.comparison import EFFECTS, LIMIT, Comparison, FeatureDifferences, compare
+from batchnorm.datasets.comparison_report import report as report_of
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, union
 from batchnorm.reporting.formats import FORMATS
 
@@ -159,7 +160,7 @@ def test_too_few_values_are_not_judged_and_never_said_to_be_alike(values: list[f
             part = compare(first, second).all_data
             assert part.unjudged.tolist() == [True, False]
             assert not part.effects["mean"].differs[0]
-            report = compare(first, second).report("a", "b")
+            report = report_of(compare(first, second), "a", "b")
             assert "1 feature with too few values" in report.headline
             assert [row.rule for row in report.rows if row.place == "x"][-1] == "too-few-values"
 
@@ -232,7 +233,7 @@ def example() -> Comparison:
 
 
 def test_the_report_names_each_difference_in_a_sentence() -> None:
-    report = example().report("train", "serving")
+    report = report_of(example(), "train", "serving")
     words = {(row.rule, row.place): row.words for row in report.rows}
     assert "x: mean moved by 0.987 (error 0.07" in words["mean-differs", "x"]
     assert "y: share of NaN values changed from 0 % to" in words["missing-values-differ", "y"]
@@ -244,13 +245,13 @@ def test_the_report_names_each_difference_in_a_sentence() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_shows_the_differences(name: str) -> None:
-    text = FORMATS[name].make(example().report("train", "serving"))
+    text = FORMATS[name].make(report_of(example(), "train", "serving"))
     assert "mean moved" in text or "line" in text
     assert "line\nbreak" not in text
 
 
 def test_the_json_has_every_feature_and_its_numbers() -> None:
-    told = json.loads(example().report("train", "serving").json())
+    told = json.loads(report_of(example(), "train", "serving").json())
     assert (told["a"], told["beyond"], told["only_a"], told["limit"]) == ("train", True, ["only"], LIMIT)
     x = next(each for each in told["features"] if each["feature"] == "x")
     assert x["mean"]["differs"]

@@ -18,7 +18,7 @@ from batchnorm.datasets.blocks import Column
 from batchnorm.datasets.column_statistics import ColumnStatistics
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, Source, union
 from batchnorm.datasets.feature_sums import COUNTS, NUMBERS
-from batchnorm.datasets.statistics_files import as_json, from_bytes, to_bytes
+from batchnorm.datasets.statistics_files import as_json, to_bytes
 
 NAME = "data.bnstats.safetensors"
 
@@ -42,7 +42,7 @@ def test_a_loaded_file_has_the_same_bits(tmp_path: Path) -> None:
     for made in (statistics(), DataStatistics(Partial(0, {})), DataStatistics(part(3)), DataStatistics(part(4, 0))):
         made.save(tmp_path / NAME)
         assert DataStatistics.load(tmp_path / NAME) == made
-        assert from_bytes(to_bytes(made)) == made
+        assert DataStatistics.from_bytes(to_bytes(made)) == made
         assert list(DataStatistics.load(str(tmp_path / NAME)).groups) == list(made.groups)
 
 
@@ -148,7 +148,7 @@ def test_damaged_metadata_is_refused(case: str) -> None:
     with pytest.raises(
         ValueError, match=r"^the data is not statistics of data.*Write it with statistics.save\(path\)\.$"
     ):
-        from_bytes(changed(**METADATA[case]))
+        DataStatistics.from_bytes(changed(**METADATA[case]))
 
 
 def set_to(value: float) -> Any:
@@ -182,7 +182,7 @@ def test_numbers_that_no_data_can_have_are_refused(name: str, change: Any) -> No
     tensors = load(data)
     tensors[name] = np.ascontiguousarray(change(tensors[name]))
     with pytest.raises(ValueError, match="not statistics of data, or it is damaged: "):
-        from_bytes(save(tensors, json.loads(data[8 : 8 + length])["__metadata__"]))
+        DataStatistics.from_bytes(save(tensors, json.loads(data[8 : 8 + length])["__metadata__"]))
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *COUNTS, "rows"])
@@ -191,7 +191,7 @@ def test_a_missing_number_is_named(name: str) -> None:
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     tensors = {key: value for key, value in load(data).items() if key != name}
     with pytest.raises(ValueError, match=f"'{name}' is missing"):
-        from_bytes(save(tensors, metadata))
+        DataStatistics.from_bytes(save(tensors, metadata))
 
 
 FOREIGN = {
@@ -220,7 +220,7 @@ def test_a_file_that_ends_anywhere_is_refused() -> None:
     data = to_bytes(statistics())
     for length in range(0, len(data), 97):
         with pytest.raises(ValueError, match="the data is not statistics of data"):
-            from_bytes(data[:length])
+            DataStatistics.from_bytes(data[:length])
 
 
 def test_groups_with_other_columns_are_refused() -> None:

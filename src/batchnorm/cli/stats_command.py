@@ -128,6 +128,7 @@ def _merge(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:  # noqa: AR
 def _compare(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:
     from batchnorm.datasets.blocks import Selection
     from batchnorm.datasets.comparison import compare
+    from batchnorm.datasets.comparison_report import report
 
     known = [_read(each) if each.endswith(SUFFIX) else None for each in asked.data]
     usual = next((each for each in known if each), None)  # statistics decide what is measured of data
@@ -138,7 +139,7 @@ def _compare(asked: StatsOptions, quiet: bool) -> tuple[Report, bool]:
         for each, data in zip(known, asked.data, strict=True)
     )
     result = compare(a, b, limit=asked.limit, columns=asked.names or None)
-    return result.report(*asked.data), not result.beyond
+    return report(result, *asked.data), not result.beyond
 
 
 _WORKS: Mapping[str, Callable[[StatsOptions, bool], tuple[Report, bool]]] = {

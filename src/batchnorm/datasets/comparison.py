@@ -32,16 +32,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 
 from batchnorm.argument_types import require_number, require_type
 from batchnorm.datasets.column_statistics import ColumnStatistics
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, feature_names
-
-if TYPE_CHECKING:
-    from batchnorm.reporting.rows import Report
 
 LIMIT = 0.1
 ALPHA = 0.01
@@ -153,12 +150,6 @@ class Comparison:
     def parts(self) -> tuple[FeatureDifferences, ...]:
         """All data, then the groups."""
         return (self.all_data, *self.groups)
-
-    def report(self, a: str = "A", b: str = "B") -> Report:
-        """The report for all output formats, which calls the data ``a`` and ``b``."""
-        from batchnorm.datasets.comparison_report import report
-
-        return report(self, a, b)
 
 
 def compare(

@@ -21,14 +21,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, final
 
-from batchnorm.datasets.statistics_files import from_bytes, to_bytes
+from batchnorm.datasets.data_statistics import DataStatistics
+from batchnorm.datasets.statistics_files import to_bytes
 from batchnorm.files.locks import lock, unlock
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from batchnorm.datasets.blocks import Piece
-    from batchnorm.datasets.data_statistics import DataStatistics
     from batchnorm.reporting.json_values import Json
 
 SUFFIX = ".bnstats.ledger"
@@ -84,7 +84,7 @@ class Ledger:
         """The statistics of a finished piece."""
         offset, length = self._places[key]
         self._file.seek(offset)
-        return from_bytes(self._file.read(length).partition(b"\n")[2])
+        return DataStatistics.from_bytes(self._file.read(length).partition(b"\n")[2])
 
     def append(self, piece: Piece, statistics: DataStatistics) -> None:
         """Add the record of a piece.

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
 
-from batchnorm.datasets.data_statistics import DataStatistics, Partial, Source
 from batchnorm.datasets.feature_sums import COUNTS, NUMBERS, FeatureSums
+from batchnorm.datasets.partial_statistics import Partial, Source
 from batchnorm.files.sidecar import Sidecar, write_whole
 from batchnorm.package_version import VERSION
 from batchnorm.reporting.json_values import Json, to_json
@@ -39,7 +39,30 @@ _NOTE = (
 )
 
 
-def write(statistics: DataStatistics, path: str | os.PathLike[str]) -> None:
+@final
+class Contents(NamedTuple):
+    """What a file has: the fields of ``DataStatistics``."""
+
+    total: Partial
+    by: str
+    groups: Mapping[str, Partial]
+    sources: tuple[Source, ...]
+
+
+class _Statistics(Protocol):
+    """``DataStatistics``, which reads and writes files by these functions."""
+
+    @property
+    def total(self) -> Partial: ...
+    @property
+    def by(self) -> str: ...
+    @property
+    def groups(self) -> Mapping[str, Partial]: ...
+    @property
+    def sources(self) -> tuple[Source, ...]: ...
+
+
+def write(statistics: _Statistics, path: str | os.PathLike[str]) -> None:
     """Write the safetensors file, then the JSON file beside it; each replaces an old file at once.
 
     Raises:
@@ -54,7 +77,7 @@ def write(statistics: DataStatistics, path: str | os.PathLike[str]) -> None:
     write_whole(place.removesuffix(SUFFIX) + ".bnstats.json", text.encode("ascii") + b"\n")
 
 
-def read(path: str | os.PathLike[str]) -> DataStatistics:
+def read(path: str | os.PathLike[str]) -> Contents:
     """Read a safetensors file from ``write``, at a path or an address of fsspec.
 
     Raises:
@@ -65,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> DataStatistics:
     return _of_file(*_FILE.read(path), str(path))
 
 
-def to_bytes(statistics: DataStatistics) -> bytes:
+def to_bytes(statistics: _Statistics) -> bytes:
     """The bytes of the safetensors file.
 
     Raises:
@@ -86,7 +109,7 @@ def to_bytes(statistics: DataStatistics) -> bytes:
     return _FILE.to_bytes(about, tensors | {"rows": np.array([part.rows for part in parts], dtype=np.int64)})
 
 
-def from_bytes(data: bytes, name: str = "the data") -> DataStatistics:
+def from_bytes(data: bytes, name: str = "the data") -> Contents:
     """The statistics in bytes from ``to_bytes``, the same to the bit.
 
     Args:
@@ -99,7 +122,7 @@ def from_bytes(data: bytes, name: str = "the data") -> DataStatistics:
     return _of_file(*_FILE.from_bytes(data, name), name)
 
 
-def _of_file(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: str) -> DataStatistics:
+def _of_file(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: str) -> Contents:
     try:
         return _checked(about, tensors)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -107,7 +130,7 @@ def _of_file(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name: 
         raise ValueError(f"{name} is not {_FILE.what}, or it is damaged: {why}. {_FILE.remedy}") from error
 
 
-def _checked(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> DataStatistics:
+def _checked(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Contents:
     shapes = {_text(name): tuple(map(_count, shape)) for name, shape in about["columns"]}
     groups = [_text(name) for name in about["groups"]]
     if len(shapes) != len(about["columns"]) or len(set(groups)) != len(groups):
@@ -119,7 +142,7 @@ def _checked(about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Dat
     rows, sums = _sums(tensors, 1 + len(groups), sum(features))
     _check_numbers(rows, sums, features)
     parts = [Partial.of_sums(int(n), sums.mapped(lambda row, i=i: row[:, i]), shapes) for i, n in enumerate(rows)]
-    return DataStatistics(parts[0], _text(about["by"]), dict(zip(groups, parts[1:], strict=True)), sources)
+    return Contents(parts[0], _text(about["by"]), dict(zip(groups, parts[1:], strict=True)), sources)
 
 
 def _sums(tensors: Mapping[str, np.ndarray], parts: int, features: int) -> tuple[np.ndarray, FeatureSums]:
@@ -180,7 +203,7 @@ def _count(value: object) -> int:
     return value
 
 
-def as_json(statistics: DataStatistics) -> dict[str, Json]:
+def as_json(statistics: _Statistics) -> dict[str, Json]:
     """The statistics for people and other programs: names, numbers, groups and files, without what only ``+`` needs."""
     return {
         "kind": "batchnorm.stats",
