@@ -1,8 +1,8 @@
 """Parquet: a piece is a row group, or several small ones in a row.
 
 A row group may be larger than memory. It is read in strips of columns with at most ``MOST_VALUES`` each. From a disk a
-strip has an eighth of them: it fits into a processor's cache, and costs no request. A column with more values is read in
-batches of rows. pyarrow holds one page of each column that it reads at a time, so strips bound its memory as well: a
+strip has an eighth of them: it fits into a processor's cache, and costs no request. A column with more values is read
+in batches of rows. pyarrow holds one page of each column that it reads at a time, so strips bound its memory as well: a
 batch of all of 1,000 columns would need 1,000 pages.
 """
 
