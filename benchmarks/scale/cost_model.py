@@ -24,7 +24,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
 # what is assumed, not measured
 NETWORK, STORE, START = 1.25e9, 12.5e9, 15.0  # bytes per second: 10 Gbit/s a machine, 100 Gbit/s the store; seconds
 CORES = 16  # of a machine
-DATA, FILES, PIECE = 1e12, 1000, 128e6  # bytes of the data and of a piece
+DATA, FILES, PIECE = 1e12, 1000, 64e6  # bytes of the data and of a piece
 WORKERS = (1, 16, 64, 256, 1024, 4096, 16384)
 LATENCY = 50e-6  # seconds of a message between ranks
 BYTES = 3 * 8  # of a channel: count, mean and m2 in float64
