@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import batchnorm as bn
 from batchnorm import adapt, recalibrate
@@ -428,6 +428,52 @@ def test_the_same_examples_come_from_a_loader_that_shuffles():
     assert recalibrate(model, loader()).restarted == ""
     recalibrate(twin, loader(), memory=0)
     assert all(map(torch.equal, model.buffers(), twin.buffers()))
+
+
+class Reshuffling(RandomSampler):
+    """Shuffles every pass in another way, as samplers do that accelerate makes."""
+
+    def __init__(self, data) -> None:
+        super().__init__(data)
+        self.epoch = 3
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.epoch)
+        yield from super().__iter__()
+        self.epoch += 1
+
+
+def with_batch_sampler(data):
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
+
+
+def with_batches_of_indices(data):
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+    return DataLoader(data, batch_size=None, sampler=BatchSampler(sampler, 5, drop_last=False))
+
+
+def with_counted_passes(data):
+    return DataLoader(data, 5, sampler=Reshuffling(data))
+
+
+@pytest.mark.parametrize("loader", [with_batch_sampler, with_batches_of_indices, with_counted_passes])
+@pytest.mark.parametrize("most", [None, 12])
+def test_every_pass_has_the_same_examples_wherever_the_loader_keeps_its_order(loader, most):
+    data = TensorDataset(torch.randn(23, 4) * torch.arange(1.0, 24).unsqueeze(1))
+    model = Stack()
+    expected = None
+    for memory in (None, 700, 0):  # all forwards wait, some of them, none
+        twin = copy.deepcopy(model)
+        recalibrate(twin, loader(data), most, memory=memory)
+        expected = expected or list(twin.buffers())
+        assert all(map(torch.equal, twin.buffers(), expected)), memory
+
+
+def test_a_recalibration_is_no_epoch_of_a_loader():
+    loader = with_counted_passes(TensorDataset(torch.randn(23, 4)))
+    recalibrate(Stack(), loader, memory=0)
+    assert loader.sampler.epoch == 3
 
 
 # errors

@@ -27,6 +27,7 @@ from batchnorm.argument_types import kind_of, require_whole_number
 from batchnorm.population.absent_numbers import named_absences, require_batch
 from batchnorm.population.batch_misfits import named_misfits
 from batchnorm.population.forward_signatures import call_forms, code_of, names_in
+from batchnorm.population.loader_state import generators_of, passes_of
 from batchnorm.population.repeated_examples import own_examples
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError
@@ -211,6 +212,7 @@ class Batches:
         self.has_rows = True  # until ``batch_rows.settle`` finds otherwise
         self.given: Callable[[Batch], Batch] = _first_part  # the part of a batch that the model receives
         self.loader = list(self._up_to_max(loader, cut=False)) if isinstance(loader, Iterator) else rereadable(loader)
+        self._begin_again = passes_of(self.loader)
         # the default collate function makes a new tensor for every batch
         self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
         self._own = own_examples(loader, self._parts) if self._parts > 1 else None
@@ -218,15 +220,18 @@ class Batches:
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """The DataLoader's own random generators."""
-        owners = [self.loader, getattr(self.loader, "sampler", None)]
-        return [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
+        """The random generators of the loader and its samplers."""
+        return generators_of(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for batch in self._without_repeated(self._up_to_max(self.loader)):
-            yield each_leaf(batch, self._moved)
-            count += 1
+        self._begin_again()
+        try:
+            for batch in self._without_repeated(self._up_to_max(self.loader)):
+                yield each_leaf(batch, self._moved)
+                count += 1
+        finally:
+            self._begin_again()
         if not count and not self.count and self._parts == 1:
             raise ValueError(
                 f"{self.who} needs at least one batch, got an empty loader. Check the data set's length. "
