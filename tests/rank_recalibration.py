@@ -276,6 +276,18 @@ def max_examples_counts_the_examples_of_all_ranks() -> None:
 
 
 @check(2)
+def items_that_are_batches_count_whole() -> None:
+    items = list(data(60).split(10))
+    loader = DataLoader(items, batch_size=None, sampler=DistributedSampler(items, shuffle=False))  # type: ignore[arg-type]
+    assert len(loader) == 3
+    _, found = recalibrated(network(), loader, group="all")
+    assert found["1"].count[0] == 60
+    loader = DataLoader(items[:5], batch_size=None, sampler=DistributedSampler(items[:5], shuffle=False))  # type: ignore[arg-type]
+    _, found = recalibrated(network(), loader, group="all")
+    assert found["1"].count[0] == 60  # the first item counts twice, since it is not known whether rows are examples
+
+
+@check(2)
 def batches_with_nan_are_excluded_and_reported_with_the_rank() -> str:
     parts = shards(data())
     parts[1][0][0, 2] = torch.nan

@@ -6,6 +6,7 @@ import json
 
 import forked
 import pytest
+import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, default_collate
 
 from batchnorm.population.repeated_examples import own_examples
@@ -115,6 +116,8 @@ def test_the_first_examples_of_each_rank_are_no_repetitions(count: int, ranks: i
         samplers = [DistributedSampler(range(count), ranks, rank, shuffle=shuffle) for rank in range(ranks)]
         loaders = [DataLoader(range(count), 4, sampler=sampler) for sampler in samplers]
         assert firsts(loaders, ranks) == list(range(count))
+        loaders = [DataLoader(range(count), batch_sampler=BatchSampler(each, 4, drop_last=False)) for each in samplers]
+        assert firsts(loaders, ranks) == list(range(count))
     for size in (1, 3, 4):
         batches = [BatchSampler(SequentialSampler(range(count)), size, drop_last=False) for _ in range(ranks)]
         loaders = [
@@ -142,3 +145,5 @@ def test_loaders_of_other_kinds_have_no_known_repetitions() -> None:
     assert own_examples(own, 2) is None
     assert own_examples(DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, 1, drop_last=True)), 2) is None
     assert own_examples([1, 2], 2) is None
+    batches_as_items = DataLoader([torch.zeros(16, 3)] * 5, batch_size=None, sampler=sampler)
+    assert own_examples(batches_as_items, 2) is None  # two of its three items, which have 32 examples

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 # modules whose functions make a batch with one row per example
 _ROWS = ("torch.utils.data.", "transformers.data.")
@@ -18,8 +18,8 @@ _ROWS = ("torch.utils.data.", "transformers.data.")
 def own_examples(loader: Any, ranks: int) -> int | None:
     """How many of the first examples of a rank's loader are no repetitions; None if all are, or it is not known.
 
-    It is not known for samplers of other kinds or other numbers of ranks, and for loaders whose batches are made by a
-    function of the user, because then rows need not be examples.
+    It is not known for samplers of other kinds or other numbers of ranks, and for loaders whose batches are items of
+    the data set (``batch_size=None``) or are made by a function of the user, because then rows need not be examples.
 
     Args:
         loader: A ``DataLoader``, or an object with its attributes.
@@ -32,11 +32,20 @@ def own_examples(loader: Any, ranks: int) -> int | None:
     shard = getattr(loader, "batch_sampler", None)
     if type(shard).__name__ == "BatchSamplerShard":
         return _of_shard(shard, ranks)
-    sampler: Any = getattr(loader, "sampler", None)
-    if type(sampler).__iter__ is not DistributedSampler.__iter__ or sampler.num_replicas != ranks:
+    sampler: Any = _sampler_of(loader, shard)
+    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ is not DistributedSampler.__iter__:
+        return None
+    if sampler.num_replicas != ranks:
         return None
     own = len(range(sampler.rank, len(sampler.dataset), ranks))
     return own if own < len(sampler) else None
+
+
+def _sampler_of(loader: Any, batches: Any) -> Any:
+    """The sampler of examples, from which torch's functions make ``batches`` of indices; None if there is none."""
+    if isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__:
+        return batches.sampler
+    return None if batches is None else getattr(loader, "sampler", None)
 
 
 def _of_shard(shard: Any, ranks: int) -> int | None:
