@@ -499,3 +499,10 @@ def test_equality_sees_every_number() -> None:
         assert a != DataStatistics(Partial(5, {"x": changed}))
     assert a != one(np.arange(5.0), rows=4)
     assert a != "something else"
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3)])
+def test_numpy_adds_a_block_without_rows_whose_nulls_are_known(shape, monkeypatch) -> None:
+    monkeypatch.setattr(feature_sums, "_native", None)
+    sums = feature_sums.FeatureSums.empty((3,)).add(np.zeros((0, 3)), np.zeros(shape, dtype=bool))
+    assert not sums.counts.any()

@@ -156,7 +156,7 @@ def _by_numpy(values: np.ndarray, present: np.ndarray | None) -> FeatureSums:
 
 
 def _as_wide(present: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(present.reshape(len(present), -1), values.shape)
+    return np.broadcast_to(present[:, None] if present.ndim == 1 else present, values.shape)
 
 
 def _of_finite(values: np.ndarray, finite: np.ndarray, n: np.ndarray) -> np.ndarray:
