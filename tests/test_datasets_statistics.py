@@ -7,16 +7,19 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pyarrow import feather
 
 from batchnorm.datasets import feature_sums
 from batchnorm.datasets.blocks import Block, Column, Selection
 from batchnorm.datasets.column_statistics import ColumnStatistics, RunningStatistics
 from batchnorm.datasets.data_statistics import DataStatistics, Partial, Source, union
 from batchnorm.datasets.feature_sums import COUNTS
+from batchnorm.datasets.measurement import data_statistics
 from batchnorm.datasets.measuring import measure
 
 if TYPE_CHECKING:
@@ -506,3 +509,10 @@ def test_numpy_adds_a_block_without_rows_whose_nulls_are_known(shape, monkeypatc
     monkeypatch.setattr(feature_sums, "_native", None)
     sums = feature_sums.FeatureSums.empty((3,)).add(np.zeros((0, 3)), np.zeros(shape, dtype=bool))
     assert not sums.counts.any()
+
+
+def test_groups_of_an_arrow_file_are_the_values_of_its_column(tmp_path) -> None:
+    table = pa.table({"x": [1.0, 2.0, 4.0], "g": ["a", None, "a"]})
+    feather.write_feather(table, str(tmp_path / "t.arrow"))
+    found = data_statistics(tmp_path / "t.arrow", by="g")
+    assert {name: group.rows for name, group in found.groups.items()} == {"(null)": 1, "a": 2}

@@ -37,6 +37,7 @@ def measure(piece: Piece, selection: Selection) -> DataStatistics:
             require_few_groups(DataStatistics(some, selection.by, {str(name): some for name in groups}))
     if set(groups) <= {None}:
         return DataStatistics(groups[None].partial if groups else Partial(0, {}), selection.by)
+    groups.pop(None, None)  # a block without rows, which tells the columns: it is no group
     named = {str(name): groups[name].partial for name in sorted(groups, key=str)}
     return DataStatistics(union([DataStatistics(each) for each in named.values()]).total, selection.by, named)
 
