@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -432,7 +433,7 @@ def test_groups_are_merged_by_name() -> None:
 def test_a_union_has_the_same_bits_at_every_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [one(part) for part in np.array_split(numbers("f8", (5003,)), 37)]
     whole = union(parts)
-    monkeypatch.setattr("batchnorm.datasets.data_statistics._STACKED", 3)
+    monkeypatch.setattr("batchnorm.datasets.partial_statistics._STACKED", 3)
     assert union(parts) == whole
     neighbours = parts
     while len(neighbours) > 1:
@@ -516,3 +517,16 @@ def test_groups_of_an_arrow_file_are_the_values_of_its_column(tmp_path) -> None:
     feather.write_feather(table, str(tmp_path / "t.arrow"))
     found = data_statistics(tmp_path / "t.arrow", by="g")
     assert {name: group.rows for name, group in found.groups.items()} == {"(null)": 1, "a": 2}
+
+
+def test_files_of_one_name_size_and_time_in_two_folders_can_be_merged_with_others(tmp_path) -> None:
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        name = "new.npy" if folder == "c" else "part.npy"
+        np.save(tmp_path / folder / name, np.full(4, ord(folder) - 96.0))
+        os.utime(tmp_path / folder / name, (1e9, 1e9))
+    old = data_statistics([tmp_path / "a", tmp_path / "b"])
+    both = old + data_statistics(tmp_path / "c")
+    assert (both.rows, float(both.columns["values"].mean)) == (12, 2.0)
+    with pytest.raises(ValueError, match=r"counted once, got part\.npy twice"):
+        old + data_statistics(tmp_path / "b")

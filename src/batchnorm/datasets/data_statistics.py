@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -156,7 +156,7 @@ def union(partials: Sequence[DataStatistics]) -> DataStatistics:
     """
     filled = [part for part in partials if part.rows or part.columns or part.groups]
     sources = tuple(source for part in partials for source in part.sources)
-    _require_once(sources)
+    _require_once([part.sources for part in partials])
     if len({part.by for part in filled}) > 1:
         raise ValueError(
             f"expected statistics by one column of groups, got {sorted({part.by for part in filled})}. "
@@ -171,15 +171,24 @@ def union(partials: Sequence[DataStatistics]) -> DataStatistics:
     return DataStatistics(total, filled[0].by if filled else "", merged, sources)
 
 
-def _require_once(sources: Iterable[Source]) -> None:
-    """Refuse a file that was counted twice: the same content at the same address, or at another one with its name."""
-    times = Counter((source.file.rstrip("/").rpartition("/")[2], source.fingerprint) for source in sources)
-    twice = [name for (name, _), count in times.items() if count > 1]
+def _require_once(parts: Sequence[Sequence[Source]]) -> None:
+    """Refuse a file that two parts count: the same content at the same address, or at another one with its name.
+
+    One part may have such files, in two folders: they were measured together and are different files.
+    """
+    times = Counter(file for part in parts for file in {_name_and_print(source) for source in part})
+    twice = [file for file, count in times.items() if count > 1]
     if twice:
+        places = dict.fromkeys(each.file for part in parts for each in part if _name_and_print(each) == twice[0])
         raise ValueError(
-            f"expected files that are counted once, got {twice[0]} twice{_more(len(twice) - 1)}. "
-            "Leave out the statistics that count it again."
+            f"expected files that are counted once, got {twice[0][0]} twice{_more(len(twice) - 1)}: {' and '.join(places)} "
+            "have the same size and time of change. Leave out the statistics that count it again; if these are different "
+            "files, measure them in one call."
         )
+
+
+def _name_and_print(source: Source) -> tuple[str, str]:
+    return source.file.rstrip("/").rpartition("/")[2], source.fingerprint
 
 
 def _more(number: int) -> str:
