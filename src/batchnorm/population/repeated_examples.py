@@ -33,9 +33,7 @@ def own_examples(loader: Any, ranks: int) -> int | None:
     if type(shard).__name__ == "BatchSamplerShard":
         return _of_shard(shard, ranks)
     sampler: Any = _sampler_of(loader, shard)
-    if not isinstance(sampler, DistributedSampler) or type(sampler).__iter__ is not DistributedSampler.__iter__:
-        return None
-    if sampler.num_replicas != ranks:
+    if getattr(type(sampler), "__iter__", None) is not DistributedSampler.__iter__ or sampler.num_replicas != ranks:
         return None
     own = len(range(sampler.rank, len(sampler.dataset), ranks))
     return own if own < len(sampler) else None
