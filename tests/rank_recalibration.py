@@ -376,6 +376,7 @@ def other_weights_or_settings_are_an_error_on_every_rank_before_data_flow() -> l
         told(lambda model: bn.freeze(model[8])),
         told(exact=rank() != 1),
         told(max_examples=10 + (rank() == 1)),
+        told(lambda model: model.__setitem__(2, nn.Tanh())),
     ]
     assert f"'0.weight': version 1 on {others}; version 2 on rank 1. Give every rank the same weights" in texts[0]
     assert f"layer '1': BatchNorm1d of float64 (8,), eps=1e-05 on {others}; BatchNorm1d of float64 (9,)" in texts[1]
@@ -385,6 +386,7 @@ def other_weights_or_settings_are_an_error_on_every_rank_before_data_flow() -> l
     assert "absent on rank 1" in texts[4]
     assert f"exact: True on {others}; False on rank 1" in texts[5]
     assert f"max_examples: 10 on {others}; 11 on rank 1" in texts[6]
+    assert f"module '2': ReLU() on {others}; Tanh() on rank 1" in texts[7]
     return texts
 
 

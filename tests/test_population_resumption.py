@@ -103,7 +103,16 @@ def other_eps(model: nn.Module) -> nn.Module:
     return model
 
 
+def other_activation(index: int, activation: nn.Module) -> nn.Module:
+    model = network()
+    assert isinstance(model[index], nn.ReLU)
+    model[index] = activation
+    return model
+
+
 REFUSED = {
+    "module '2'": lambda path: bn.recalibrate(other_activation(2, nn.Tanh()), batches(), resume=path),
+    "another module '6'": lambda path: bn.recalibrate(other_activation(6, nn.LeakyReLU(0.5)), batches(), resume=path),
     "'0.weight'": lambda path: bn.recalibrate(other_weight(network()), batches(), resume=path),
     "layer '1'": lambda path: bn.recalibrate(other_eps(network()), batches(), resume=path),
     "max_examples": lambda path: bn.recalibrate(network(), batches(), 20, resume=path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 
     from batchnorm.population.stored_statistics import Layers
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object in memory
 _COUNTER = "num_batches_tracked"  # no output depends on it
 
 
 def fingerprint(model: nn.Module, layers: Layers, settings: Mapping[str, object]) -> dict[str, tuple[str, str]]:
     """A description and a digest of each thing on which the measured statistics depend, by its name in messages.
 
-    These are the settings, the measured layers, and all parameters and buffers. The stored statistics of measured
-    layers do not count, since they are replaced, and neither do counters of batches. If the model is sharded,
-    parameters count by name only, because every rank has other parts of them.
+    These are the settings, the measured layers, all parameters and buffers, and the class and settings of all other
+    modules, so that another activation is another model. The stored statistics of measured layers do not count, since
+    they are replaced, and neither do counters of batches. If the model is sharded, parameters count by name only and
+    modules by class only, because every rank has other parts of them.
     """
     replaced = {id(tensor) for layer in layers.values() for tensor in buffers(layer)}
     sharded = {name for name, _ in model.named_parameters()} if is_sharded(model) else set()
@@ -37,7 +40,18 @@ def fingerprint(model: nn.Module, layers: Layers, settings: Mapping[str, object]
         **{name: (repr(value), "") for name, value in settings.items()},
         **{f"layer {path!r}": (_layer_in_words(layer), "") for path, layer in layers.items()},
         **{repr(n): ("", "") if n in sharded else (_in_words(t), digest_of({n: t})) for n, t in tensors.items()},
+        **{
+            f"module {path!r}": (_module_in_words(module, has_settings=not sharded), "")
+            for path, module in model.named_modules()
+            if path not in layers
+        },
     }
+
+
+def _module_in_words(module: nn.Module, *, has_settings: bool) -> str:
+    """The class and settings of a module; a sharded module's settings may be those of a shard."""
+    settings = _ADDRESS.sub("", module.extra_repr()) if has_settings else ""
+    return f"{type(module).__name__}({settings})"
 
 
 def _layer_in_words(layer: nn.Module) -> str:
