@@ -176,18 +176,19 @@ def _require_once(parts: Sequence[Sequence[Source]]) -> None:
 
     One part may have such files, in two folders: they were measured together and are different files.
     """
-    times = Counter(file for part in parts for file in {_name_and_print(source) for source in part})
+    times = Counter(file for part in parts for file in {_known(source) for source in part})
     twice = [file for file, count in times.items() if count > 1]
     if twice:
-        places = dict.fromkeys(each.file for part in parts for each in part if _name_and_print(each) == twice[0])
+        places = " and ".join(dict.fromkeys(each.file for part in parts for each in part if _known(each) == twice[0]))
         raise ValueError(
-            f"expected files that are counted once, got {twice[0][0]} twice{_more(len(twice) - 1)}: {' and '.join(places)} "
-            "have the same size and time of change. Leave out the statistics that count it again; if these are different "
-            "files, measure them in one call."
+            f"expected files that are counted once, got {twice[0][0]} twice{_more(len(twice) - 1)}: {places} have the same "
+            "size and time of change. Leave out the statistics that count it again; if these are different files, measure "
+            "them in one call."
         )
 
 
-def _name_and_print(source: Source) -> tuple[str, str]:
+def _known(source: Source) -> tuple[str, str]:
+    """By what a file is known: its name, and its size and time of change."""
     return source.file.rstrip("/").rpartition("/")[2], source.fingerprint
 
 
