@@ -24,9 +24,11 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scale.md"
 # what is assumed, not measured
 NETWORK, STORE, START = 1.25e9, 12.5e9, 15.0  # bytes per second: 10 Gbit/s a machine, 100 Gbit/s the store; seconds
 CORES = 16  # of a machine
-DATA, FILES, PIECE = 1e12, 1000, 64e6  # bytes of the data and of a piece
+DATA, FILES = 1e12, 1000  # bytes, and files of the same size
+PIECE = {"JPEG": DATA / FILES}  # bytes of a piece: a tar shard is one piece
+CUT = 64e6  # bytes of a piece of the other formats
 WORKERS = (1, 16, 64, 256, 1024, 4096, 16384)
-LATENCY = 50e-6  # seconds of a message between ranks
+LATENCY, MESSAGES = 50e-6, 2  # seconds of a message between ranks; messages of a layer: sizes, then moments
 BYTES = 3 * 8  # of a channel: count, mean and m2 in float64
 # channels of all batch norm layers, and their number
 NETWORKS = {"ResNet-50": (26_560, 53), "MobileNetV2": (17_056, 52)}
@@ -39,7 +41,7 @@ class Job:
     rate: float
     workers: int
     record_s: float
-    pieces: int = math.ceil(DATA / PIECE)
+    pieces: int
 
     @property
     def terms(self) -> dict[str, float]:
@@ -88,6 +90,7 @@ def tables() -> dict[str, list[str]]:
     rates, merges = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scale-rates", "scale-merge"))
     return {
         "rates": list(_rates(rates)),
+        "record": list(_record(rates)),
         "workers": list(_workers(rates)),
         "ranks": list(_ranks()),
         "merges": list(_merges(merges)),
@@ -108,8 +111,21 @@ def _workers(measured: dict[str, Any]) -> Iterator[str]:
     yield "| workers (cores) | " + " | ".join(rates) + " |"
     yield "|---|" + "---|" * len(rates)
     for workers in WORKERS:
-        jobs = [Job(rate, workers, record) for rate in rates.values()]
+        jobs = [Job(rate, workers, record, _pieces(name)) for name, rate in rates.items()]
         yield f"| {workers:,} | " + " | ".join(f"{_time(job.seconds)} ({job.slowest})" for job in jobs) + " |"
+
+
+def _record(measured: dict[str, Any]) -> Iterator[str]:
+    merging, count = measured["merging"], math.ceil(DATA / CUT)
+    seconds = merging["merge_s"] + merging["note_s"]
+    yield (
+        f"Of 50 columns, the statistics of a piece have {merging['bytes'] / 1e3:.1f} kB, and merging and noting them takes "
+        f"{seconds * 1e3:.1f} ms: {_time(seconds * count)} for the {count:,} pieces of 1 TB."
+    )
+
+
+def _pieces(name: str) -> int:
+    return math.ceil(DATA / PIECE.get(name, CUT))
 
 
 def _ranks() -> Iterator[str]:
@@ -118,7 +134,7 @@ def _ranks() -> Iterator[str]:
     for name, (channels, layers) in NETWORKS.items():
         for ranks in (4, 64, 1000):
             received = BYTES * channels * (ranks - 1)
-            seconds = layers * LATENCY * (ranks - 1) + received / NETWORK
+            seconds = layers * MESSAGES * LATENCY * (ranks - 1) + received / NETWORK
             yield f"| {name} | {channels:,} | {layers} | {ranks:,} | {received / 1e6:,.1f} MB | {_time(seconds)} |"
 
 

@@ -181,9 +181,9 @@ def _require_once(parts: Sequence[Sequence[Source]]) -> None:
     if twice:
         places = " and ".join(dict.fromkeys(each.file for part in parts for each in part if _known(each) == twice[0]))
         raise ValueError(
-            f"expected files that are counted once, got {twice[0][0]} twice{_more(len(twice) - 1)}: {places} have the same "
-            "size and time of change. Leave out the statistics that count it again; if these are different files, measure "
-            "them in one call."
+            f"expected files that are counted once, got {twice[0][0]} twice{_more(len(twice) - 1)}: {places} have the "
+            "same size and time of change. Leave out the statistics that count it again; if these are different files, "
+            "measure them in one call."
         )
 
 
