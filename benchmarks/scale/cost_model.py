@@ -119,8 +119,8 @@ def _record(measured: dict[str, Any]) -> Iterator[str]:
     merging, count = measured["merging"], math.ceil(DATA / CUT)
     seconds = merging["merge_s"] + merging["note_s"]
     yield (
-        f"Of 50 columns, the statistics of a piece have {merging['bytes'] / 1e3:.1f} kB, and merging and noting them takes "
-        f"{seconds * 1e3:.1f} ms: {_time(seconds * count)} for the {count:,} pieces of 1 TB."
+        f"Of 50 columns, the statistics of a piece have {merging['bytes'] / 1e3:.1f} kB, and merging and noting them "
+        f"takes {seconds * 1e3:.1f} ms: {_time(seconds * count)} for the {count:,} pieces of 1 TB."
     )
 
 
