@@ -122,6 +122,10 @@ def _document(comparison: Comparison, rows: Sequence[Row], a: str, b: str) -> It
         f"{comparison.alpha:g} at most, if examples are independent."
     )
     yield _table(comparison.all_data)
+    yield Text(
+        "mean (sd): change of the mean in sd of A. sd ratio: that of B to A, with the error of its logarithm. missing: "
+        "change of the share of NaN, Inf and null. range: by how many sd of A the values of B go beyond those of A."
+    )
     differences = [row.words for row in rows]
     if differences:
         yield Items(differences[:_MOST_ROWS], title=f"Differences{_cut(len(differences))}")
@@ -142,11 +146,7 @@ def _table(part: FeatureDifferences) -> TextTable:
         for i in order
     ]  # fmt: skip
     head = ("feature", "verdict", "mean (sd)", "error", "sd ratio", "error", "missing", "range")
-    title = (
-        "Mean in sd of A, ratio of sd with the error of its logarithm, change of the share of NaN, Inf and null, and "
-    )
-    title += f"by how many sd of A the range of B is beyond that of A{_cut(len(part.names))}:"
-    return TextTable(head, rows, words=2, title=title)
+    return TextTable(head, rows, words=2, title=f"Features{_cut(len(part.names))}:")
 
 
 def _exp(value: float) -> float:

@@ -11,9 +11,13 @@ from batchnorm.reporting.text import plain
 
 
 def page(command: str, target: str, headline: str, blocks: Sequence[Block]) -> str:
-    """One HTML file: the command as heading, the result in one sentence, then the blocks."""
+    """One HTML file: the command as heading, the result in one sentence, then the blocks.
+
+    A first block that says the result again is left out.
+    """
     head = f'<header>\n<h1>{_text(command)}</h1>\n<p class="headline">{_text(headline)}</p>\n</header>'
     title = f"{command}: {target}" if target else command
+    blocks = blocks[1:] if blocks and blocks[0] in (Text(headline), Text(strong=headline)) else blocks
     return shell(title, f"{head}\n{fragment(blocks)}", styles=("blocks",))
 
 
@@ -39,7 +43,7 @@ def _block(block: Block) -> str:
 
 
 def _title(title: str) -> str:
-    return f"<h2>{_text(title)}</h2>" if title else ""
+    return f"<h2>{_text(title.rstrip(':'))}</h2>" if title else ""
 
 
 def _table(table: TextTable) -> str:
