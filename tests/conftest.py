@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copyreg
 import os
 import shutil
 import sys
@@ -35,6 +36,20 @@ NEEDS = {
     "test_stats_clusters.py": "ray",
 }
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
+
+
+@pytest.fixture(autouse=True)
+def _pickling_as_before() -> Iterator[None]:
+    """Dask changes how the whole process pickles exceptions. After a test they are pickled as in every process."""
+    yield
+    if "tblib" in sys.modules:
+        ours = {kind: how for kind, how in copyreg.dispatch_table.items() if not _is_of_tblib(how)}
+        copyreg.dispatch_table.clear()
+        copyreg.dispatch_table.update(ours)
+
+
+def _is_of_tblib(how: object) -> bool:
+    return getattr(how, "__module__", "").startswith("tblib")
 
 
 BROWSER_ARGUMENTS = [

@@ -61,7 +61,9 @@ GIVEN = ("width=2", "name=a b")
 def test_a_file_in_place_of_a_model_gives_a_command_with_all_options(folder, command, options, kept):
     Path("a model.pt").write_bytes(b"")
     name, params = suggested(command, "a model.pt", *SETTINGS, "--state", "ema", *options)
-    target = params["target" if command in {"fix", "doctor"} else "model"]
+    target = (
+        params["models"][0] if command == "shift" else params["target" if command in {"fix", "doctor"} else "model"]
+    )
     assert (name, target, params["weights"], params["state"]) == (command, "model.py:make_model", "a model.pt", "ema")
     assert params["given"] == GIVEN
     assert {key: params[key] for key in kept} == kept
