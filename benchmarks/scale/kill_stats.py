@@ -1,8 +1,8 @@
 """Kill ``batchnorm stats`` at random moments, and resume it: the result must be the same to the bit each time.
 
-Each round starts the command on 60 Parquet files. It kills the command with SIGKILL at a random time between the
-appearance of the ledger and the end of a run that is not killed, checks that no file is unreadable, and runs the
-command again until it ends. Prints the sums over all rounds as JSON.
+Each round starts the command on 60 Parquet files. It kills the command with SIGKILL when the ledger has a random share
+of its length, and up to 3 ms later: at a random piece, and anywhere within it. It checks that no file is
+unreadable, and runs the command again until it ends. Prints the sums over all rounds as JSON.
 
     python benchmarks/scale/kill_stats.py [ROUNDS]
 """
@@ -58,25 +58,32 @@ def noted() -> int:
         return len(ledger)
 
 
-def started() -> tuple[subprocess.Popen[bytes], float]:
-    """The running command, and the time when its ledger appeared."""
-    process = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not LEDGER.exists() and process.poll() is None:
-        time.sleep(0.001)
-    return process, time.perf_counter()
+def started() -> subprocess.Popen[bytes]:
+    """The running command."""
+    return subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def killed(seconds: float) -> bool:
-    """Run the command and kill it so many seconds after its ledger appeared; False if it had ended before."""
-    process, _ = started()
-    time.sleep(seconds)
+def length() -> int:
+    """Bytes of the ledger; 0 if there is none."""
+    try:
+        return LEDGER.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def killed(share: float, longest: int) -> bool:
+    """Run the command and kill it when its ledger has this share of its length; False if it had ended before."""
+    process = started()
+    while length() < share * longest and process.poll() is None and not OUTPUT.exists():
+        time.sleep(0.0002)
+    time.sleep(random.uniform(0, 0.003))
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
-def one_round(longest: float, expected: bytes) -> dict[str, int]:
-    """Kill until the pieces are noted or the result is there, then let the command end."""
-    kills = int(killed(random.uniform(0, longest)))
+def one_round(longest: int, expected: bytes) -> dict[str, int]:
+    """Kill the command once, then let it end."""
+    kills = int(killed(random.uniform(0, 1), longest))
     pieces = noted()
     unreadable = 0
     if OUTPUT.exists():
@@ -97,9 +104,11 @@ def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_data()
-        process, begun = started()
-        process.wait()
-        longest, expected = time.perf_counter() - begun, OUTPUT.read_bytes()
+        process, longest = started(), 0
+        while process.poll() is None:
+            longest = max(longest, length())
+            time.sleep(0.0002)
+        expected = OUTPUT.read_bytes()
         OUTPUT.unlink()
         results = [one_round(longest, expected) for _ in range(rounds)]
         os.chdir("/")
