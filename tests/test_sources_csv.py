@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import csv
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_sources import blocks, groups, read
 
 from batchnorm.datasets.blocks import Selection
 from batchnorm.datasets.sources import Options, pieces
+from batchnorm.datasets.sources.csv_cells import Quotes
 
 pa = pytest.importorskip("pyarrow")
 
@@ -51,11 +53,50 @@ def test_a_file_is_cut_into_pieces_of_the_size(tmp_path: Path) -> None:
     assert read(found)["a"].tolist() == list(range(1000))
 
 
-def test_quotes_that_are_no_pairs_leave_one_piece(tmp_path: Path) -> None:
-    path = write(tmp_path, "a,b\n" + '1,5" pipe\n' * 33)
-    found = pieces(path, options=Options(piece_bytes=50))
-    assert len(found) == 1
-    assert read(found)["a"].tolist() == [1] * 33
+def test_quotes_in_the_middle_of_a_cell_are_letters_where_the_file_is_cut(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b\n" + '1,5" pipe\n2,"6\n3,4"\n' * 33)
+    for size in (1, 5, 10, 50):
+        found = pieces(path, options=Options(piece_bytes=size))
+        assert len(found) > 3
+        assert read(found)["a"].tolist() == [1, 2] * 33
+
+
+def test_a_quote_that_no_sample_has_in_the_middle_of_a_cell_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchnorm.datasets.sources.csv_cells._READ", 16)
+    lines = ["1,a\n"] * 100
+    lines[40] = '1,5" pipe\n'
+    path = write(tmp_path, "a,b\n" + "".join(lines))
+    found = pieces(path, options=Options(piece_bytes=len("a,b\n") + 4 * 50))
+    assert len(found) == 2
+    assert read(found)["a"].tolist() == [1] * 100
+
+
+def test_a_last_cell_without_a_closing_quote_leaves_one_piece(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b\n" + "1,c\n" * 33 + '1,"c\n')
+    assert len(pieces(path, options=Options(piece_bytes=50))) == 1
+
+
+def _is_open(text: str) -> bool:
+    """Whether a text ends between quotes, letter by letter."""
+    state = "first"
+    for letter in text:
+        if letter == '"':
+            state = {"first": "open", "open": "closed", "closed": "open"}.get(state, state)
+        elif state != "open":
+            state = "first" if letter in ",\r\n" else "letters"
+    return state == "open"
+
+
+def test_quotes_of_any_text_in_blocks_of_any_size() -> None:
+    chance = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chance.choice('"",\na5') for _ in range(chance.randint(0, 14)))
+        quotes, size = Quotes(","), chance.randint(1, 6)
+        for start in range(0, len(text), size):
+            quotes.read(text[start : start + size].encode())
+        assert quotes.is_open == _is_open(text), text
 
 
 def test_quotes_that_no_sample_has_are_seen_when_the_piece_is_read(

@@ -11,13 +11,14 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING, final
 
 from batchnorm.datasets.blocks import Block, Selection
 from batchnorm.datasets.sources.arrow_columns import columns_in, groups_in
 from batchnorm.datasets.sources.arrow_errors import reading
 from batchnorm.datasets.sources.byte_ranges import ByteRange
-from batchnorm.datasets.sources.csv_cells import NULLS, cells, cuts, fault, header_end, is_number
+from batchnorm.datasets.sources.csv_cells import NULLS, Quotes, cells, cuts, fault, header_end, is_number
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import FilePlan, empty_block
@@ -117,7 +118,7 @@ class CsvPiece(FilePiece):
                 yield from csv.open_csv(pa.PythonFile(lines, "r"), *_settings(self.table, types))
             except pa.ArrowInvalid as error:
                 raise ValueError(self._fault(names) or str(error)) from error
-            if not self.is_only and lines.quotes % 2:
+            if not self.is_only and lines.quotes % 2 and self._ends_between_quotes():
                 raise ValueError(
                     "expected quotes in pairs between two cuts of the file, got a single quote, or a cell with a line "
                     f"end. Read the file in one piece: piece_bytes={self.stored.size}"
@@ -127,6 +128,13 @@ class CsvPiece(FilePiece):
     def _lines(self) -> Iterator[ByteRange]:
         with self.stored.open() as file, _plain(file, self.table.compression) as content:
             yield ByteRange(content, self.start, self.end)
+
+    def _ends_between_quotes(self) -> bool:
+        quotes = Quotes(self.table.delimiter)
+        with self._lines() as lines:
+            for data in iter(partial(lines.read, _BLOCK), b""):
+                quotes.read(data)
+        return quotes.is_open
 
     def _fault(self, numbers: list[str]) -> str:
         """What is wrong with the first faulty line."""
@@ -165,7 +173,10 @@ def plan(stored: StoredFile, options: Options) -> FilePlan:
             is_whole = len(beginning) < _BLOCK
             starts, samples = [start], [_sample(io.BytesIO(beginning), start, len(beginning) + (not is_whole))]
         else:
-            starts = [start, *_cuts(file, stored, start, options, lambda data: _is_line(data, names, delimiter))]
+            starts = [
+                start,
+                *_cuts(file, stored, start, delimiter, options, lambda data: _is_line(data, names, delimiter)),
+            ]
             samples = [_sample(file, place, stored.size) for place in _spread(starts)]
     table = Table(_types(stored, samples, names, delimiter), delimiter, compression, _longest(samples))
 
@@ -179,10 +190,15 @@ def plan(stored: StoredFile, options: Options) -> FilePlan:
 
 
 def _cuts(
-    file: IO[bytes], stored: StoredFile, start: int, options: Options, is_line: Callable[[bytes], bool]
+    file: IO[bytes],
+    stored: StoredFile,
+    start: int,
+    delimiter: str,
+    options: Options,
+    is_line: Callable[[bytes], bool],
 ) -> list[int]:
     places = range(start + options.piece_bytes, stored.size, max(1, options.piece_bytes))
-    return cuts(file, places, stored.size, is_line) if places else []
+    return cuts(file, places, stored.size, delimiter, is_line) if places else []
 
 
 def _delimiter(stored: StoredFile, options: Options) -> str:
