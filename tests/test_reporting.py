@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def some_report(**more):
         rules=[RuleWords(code="X1", title="One"), RuleWords(code="X2", title="Two", severity=Severity.INFO)],
         suites=[Suite(name="s", checks=[Check(name="c1", rows=rows[:1]), Check(name="c2", rows=rows[1:]),
                                         Check(name="c3", skipped="no data"), Check(name="c4", output="fine")])],
-        notes=["note"], lines=["t: one"], records=[{"a": 1}, {"a": 2}], document=[Text("words")], **more,
+        notes=["note"], lines=["t: one"], records=[{"a": 1}, {"a": math.inf}], document=[Text("words")], **more,
     )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def test_every_format_of_one_report():
     assert told["full"] == told["md"] == "words"
     assert told["concise"] == "t: one"
     assert json.loads(told["json"]) == {"x": "nan"}
-    assert [json.loads(line) for line in told["jsonl"].split("\n")] == [{"a": 1}, {"a": 2}]
+    assert [json.loads(line) for line in told["jsonl"].split("\n")] == [{"a": 1}, {"a": "inf"}]
     assert told["github"].split("\n") == [
         "::error title=X1 a-b,file=a b.py,line=3::t: bn1: wrong",
         "::notice title=X2::t: 50%25 of it",

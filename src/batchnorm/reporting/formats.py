@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import final
 
 from batchnorm.reporting.github import github
 from batchnorm.reporting.html import page
+from batchnorm.reporting.json_values import to_json_line
 from batchnorm.reporting.junit import junit
 from batchnorm.reporting.markdown import markdown
 from batchnorm.reporting.rows import Report
@@ -40,7 +40,7 @@ def concise(report: Report) -> str:
 
 def jsonl(report: Report) -> str:
     """Each record as JSON, on a line of its own."""
-    return "\n".join(map(json.dumps, report.records))
+    return "\n".join(map(to_json_line, report.records))
 
 
 def html(report: Report) -> str:

@@ -15,6 +15,11 @@ def to_json(value: Json) -> str:
     return json.dumps(_finite(value), indent=1, allow_nan=False)
 
 
+def to_json_line(value: Json) -> str:
+    """The value as one line of text, with the strings of ``to_json`` for NaN and infinities."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
 def _finite(value: Json) -> Json:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
