@@ -18,6 +18,7 @@ import batchnorm as bn
 from batchnorm.datasets.blocks import Column
 from batchnorm.datasets.column_statistics import ColumnStatistics
 from batchnorm.datasets.data_statistics import DataStatistics, Partial
+from batchnorm.datasets.sources import Options
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -193,3 +194,28 @@ def test_lists_of_batches_are_still_batches() -> None:
     for data in ([], ()):
         with pytest.raises(ValueError, match="at least one value"):
             bn.InputNorm.fit(data)
+
+
+@pytest.mark.parametrize("channel_axis", [1, 2, 3, -1, (1, 2, 3), (3, 1), None])
+def test_arrays_have_their_features_on_the_channel_axis(
+    tmp_path: Path, channel_axis: int | tuple[int, ...] | None
+) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 3, 3, 3)) + np.arange(27.0).reshape(3, 3, 3)
+    np.save(tmp_path / "x.npy", x)
+    norm = bn.InputNorm.fit(tmp_path / "x.npy", channel_axis)
+    want = bn.InputNorm.fit(torch.from_numpy(x), channel_axis)
+    assert norm.num_features == want.num_features
+    torch.testing.assert_close(norm.moments.mean, want.moments.mean)
+    torch.testing.assert_close(norm.moments.var, want.moments.var)
+
+
+def test_statistics_of_several_channel_axes_are_loaded_and_their_nan_is_named(tmp_path: Path) -> None:
+    x = np.arange(24.0).reshape(4, 2, 3)
+    np.save(tmp_path / "x.npy", x)
+    options = Options(channel_axis=(1, 2))
+    bn.data_statistics(tmp_path / "x.npy", options=options).save(tmp_path / "x.bnstats.safetensors")
+    np.testing.assert_array_equal(bn.InputNorm.load(tmp_path / "x.bnstats.safetensors", (), (1, 2)).mean, x.mean(0))
+    x[0, 1, 2] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match=r"'values\[1,2\]' \(1 times\)"):
+        bn.InputNorm.fit(tmp_path / "x.npy", (1, 2))

@@ -49,8 +49,10 @@ class InputStatistics:
     names: tuple[str, ...] = ()
 
     @staticmethod
-    def of_data(statistics: DataStatistics, columns: Sequence[str] = ()) -> InputStatistics:
+    def of_data(statistics: DataStatistics, columns: Sequence[str] = (), axes: int = 1) -> InputStatistics:
         """Statistics of the features of columns side by side, in the order of ``columns``; () means all columns.
+
+        Several channel axes, or none, are those of a single column of arrays, as for ``axes`` of its features.
 
         Raises:
             ValueError: If there is no such column, or none at all.
@@ -58,6 +60,10 @@ class InputStatistics:
         names, features = statistics.features(columns or None)
         moments = statistics.moments(columns or None)
         nan, infinite = torch.from_numpy(features.nan + features.null), torch.from_numpy(features.infinite)
+        chosen = [statistics.columns[name].shape for name in columns or statistics.columns]
+        if axes != 1 and len(chosen) == 1 and len(chosen[0]) == axes:
+            moments = Moments(*(each.reshape(chosen[0]) for each in (moments.count, moments.mean, moments.m2)))
+            nan, infinite = nan.reshape(chosen[0]), infinite.reshape(chosen[0])
         return InputStatistics(moments, nan, infinite, tuple(names))
 
     def checked(self, *, omit_nan: bool, stacklevel: int = 3) -> Moments:
@@ -111,7 +117,8 @@ class InputStatistics:
 
     def _name(self, index: list[int]) -> str:
         if self.names:
-            return repr(self.names[index[0]])
+            place = torch.arange(len(self.names)).reshape(self.moments.shape)[tuple(index)]
+            return repr(self.names[int(place)])
         return str(index[0] if len(index) == 1 else tuple(index))
 
 
@@ -122,8 +129,12 @@ def is_address(data: object) -> TypeGuard[Address | Sequence[Address]]:
     return isinstance(data, list | tuple) and bool(data) and all(isinstance(each, str | os.PathLike) for each in data)
 
 
-def of_files(data: Address | Sequence[Address], columns: Sequence[str]) -> InputStatistics:
+def of_files(
+    data: Address | Sequence[Address], columns: Sequence[str], channel_axis: int | Sequence[int] | None = 1
+) -> InputStatistics:
     """Statistics of the features in files of data, or in a file of statistics, NAME.bnstats.safetensors.
+
+    The features of arrays are on ``channel_axis``.
 
     Raises:
         OSError: If a file cannot be read.
@@ -132,11 +143,14 @@ def of_files(data: Address | Sequence[Address], columns: Sequence[str]) -> Input
     """
     from batchnorm.datasets.data_statistics import DataStatistics
     from batchnorm.datasets.measurement import data_statistics
+    from batchnorm.datasets.sources import Options
     from batchnorm.datasets.statistics_files import SUFFIX
 
+    axes = as_tuple(channel_axis)
     if isinstance(data, str | os.PathLike) and os.fspath(data).endswith(SUFFIX):
-        return InputStatistics.of_data(DataStatistics.load(data), columns)
-    return InputStatistics.of_data(data_statistics(data, columns=columns), columns)
+        return InputStatistics.of_data(DataStatistics.load(data), columns, len(axes))
+    options = Options(channel_axis=None if channel_axis is None else axes[0] if len(axes) == 1 else axes)
+    return InputStatistics.of_data(data_statistics(data, columns=columns, options=options), columns, len(axes))
 
 
 def as_columns(columns: str | Sequence[str]) -> tuple[str, ...]:

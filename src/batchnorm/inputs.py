@@ -144,7 +144,7 @@ class InputNorm(nn.Module):
                 iterator. The input is the first element of a batch that is a tuple or list, and the value at ``key``
                 of a batch that is a mapping. Or files: a path, a folder, a pattern, an address that fsspec opens, or a
                 list of them; or a file of statistics, as for ``load``.
-            channel_axis: As for InputNorm.
+            channel_axis: As for InputNorm. Of files, it is the axis of features in arrays.
             nan: "raise" refuses NaN, and missing values in files; "omit" leaves each out of its own feature, as
                 scikit-learn does.
             key: The input's key in batches that are mappings.
@@ -163,7 +163,7 @@ class InputNorm(nn.Module):
         """
         _require_nan_policy(nan)
         if is_address(data):
-            return cls._of_statistics(of_files(data, as_columns(columns)), channel_axis, nan)
+            return cls._of_statistics(of_files(data, as_columns(columns), channel_axis), channel_axis, nan)
         if columns:
             raise ValueError(
                 f"InputNorm.fit needs files for columns={columns!r}, got {type(data).__name__}. Select columns of the "
@@ -202,7 +202,9 @@ class InputNorm(nn.Module):
 
         _require_nan_policy(nan)
         return cls._of_statistics(
-            InputStatistics.of_data(DataStatistics.load(path), as_columns(columns)), channel_axis, nan
+            InputStatistics.of_data(DataStatistics.load(path), as_columns(columns), len(as_tuple(channel_axis))),
+            channel_axis,
+            nan,
         )
 
     @classmethod
