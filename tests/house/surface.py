@@ -150,7 +150,8 @@ def entry_points() -> dict[str, str]:
 
 def operators() -> list[str]:
     """Schemas of the operators that programs and compilers see."""
-    import_module("batchnorm.kernels")
+    for module in ("batchnorm.kernels", "batchnorm.micro_batches.added_moments"):  # each registers its operators
+        import_module(module)
     schemas = map(str, torch._C._jit_get_all_schemas())
     return sorted("".join(schema.split()) for schema in schemas if schema.startswith("batchnorm::"))
 
