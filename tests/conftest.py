@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import copyreg
 import os
@@ -38,10 +39,14 @@ NEEDS = {
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
 
 
+_PRINT = print
+
+
 @pytest.fixture(autouse=True)
 def _pickling_as_before() -> Iterator[None]:
-    """Dask changes how the whole process pickles exceptions. After a test they are pickled as in every process."""
+    """Dask changes how the whole process pickles exceptions, and Ray its print. After a test both are as before."""
     yield
+    builtins.print = _PRINT
     if "tblib" in sys.modules:
         ours = {kind: how for kind, how in copyreg.dispatch_table.items() if not _is_of_tblib(how)}
         copyreg.dispatch_table.clear()

@@ -539,6 +539,7 @@ def ctrl_c_during_an_exchange_takes_effect_after_it_and_ends_all_ranks() -> list
     from batchnorm.population import pool
 
     plain, parts, texts = pool.of_all_ranks, shards(data()), []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 
     def interrupted(stages: list[str], at: int, value: Any, *rest: Any) -> list[Any]:
         stages.append(value.stage)
@@ -555,6 +556,7 @@ def ctrl_c_during_an_exchange_takes_effect_after_it_and_ends_all_ranks() -> list
             assert all(a.equal(b) for a, b in zip(model.buffers(), network().buffers(), strict=True))
     finally:
         pool.of_all_ranks = plain
+        signal.signal(signal.SIGINT, before)
     assert rank() == 1 or all("KeyboardInterrupt on rank 1" in text for text in texts), texts
     require_like_one_process(network(), parts)
     return texts
