@@ -6,6 +6,7 @@ that is about the interpreter's start, its memory or what an import loads needs 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,22 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return run(
         'import runpy, sys; sys.path.insert(0, ""); runpy.run_module("batchnorm", run_name="__main__")', *arguments
     )
+
+
+_outcomes: dict[tuple[str, int], list[dict[str, list]]] = {}  # of the ranks of a world: [rank][check]
+
+
+def checked(code: str, world: int, name: str) -> list[list]:
+    """For each rank of a world "ok" or "failed", and what the check ``name`` said there.
+
+    The ranks run all checks of ``code`` in one start. A rank that wrote nothing failed in the check asked first.
+    """
+    if (code, world) not in _outcomes:
+        ranks = run_world(code, world=world)
+        _outcomes[code, world] = [
+            json.loads(rank.stdout) if rank.stdout else {name: ["failed", rank.stderr[-2000:]]} for rank in ranks
+        ]
+    return [rank[name] for rank in _outcomes[code, world]]
 
 
 def run_world(code: str, *arguments: str, world: int = 2) -> list[subprocess.CompletedProcess]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 
 import forked
@@ -17,19 +16,11 @@ RUN = "import rank_checks; rank_checks.main()"
 PAIRS = [(world, name) for name, (_, worlds) in rank_checks.CHECKS.items() for world in worlds]
 
 
-@pytest.fixture(scope="session")
-def told() -> dict[int, list[dict[str, list]]]:
-    """What the ranks of each world said, which run all their checks in one start: [rank][check] = "ok" or "failed"."""
-    return {}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "name"), PAIRS)
-def test_on_every_rank(world: int, name: str, told: dict[int, list[dict[str, list]]]) -> None:
-    if world not in told:
-        ranks = forked.run_world(RUN, world=world)
-        told[world] = [json.loads(r.stdout) if r.stdout else {name: ["failed", r.stderr[-2000:]]} for r in ranks]
-    assert [rank[name][0] for rank in told[world]] == ["ok"] * world, [rank[name][1] for rank in told[world]]
+def test_on_every_rank(world: int, name: str) -> None:
+    outcomes = forked.checked(RUN, world, name)
+    assert [each[0] for each in outcomes] == ["ok"] * world, [each[1] for each in outcomes]
 
 
 FAULTY = """

@@ -13,22 +13,21 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[2] / "tests"
-sys.path.insert(0, str(TESTS))
-os.environ["PYTHONPATH"] = str(TESTS)  # Spark's workers import the pieces
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from fake_pieces import FakePiece  # noqa: E402
+from fake_pieces import FakePiece
 
-from batchnorm.datasets.blocks import Selection  # noqa: E402
-from batchnorm.datasets.engines import engine  # noqa: E402
-from batchnorm.datasets.measurement import measured  # noqa: E402
-from batchnorm.datasets.statistics_files import to_bytes  # noqa: E402
+from batchnorm.datasets.blocks import Selection
+from batchnorm.datasets.engines import engine
+from batchnorm.datasets.measurement import measured
+from batchnorm.datasets.statistics_files import to_bytes
 
 SELECTION = Selection(by="group")
 
 
 def main() -> None:
     """Print whether the bits are equal, whether a worker was killed, the text of an error, and the seconds."""
+    os.environ["PYTHONPATH"] = sys.path[0]  # Spark's workers import the pieces
     expected = to_bytes(measured([FakePiece(i) for i in range(20)], SELECTION, engine("threads")))
     with tempfile.TemporaryDirectory() as folder:
         mark = Path(folder) / "killed"

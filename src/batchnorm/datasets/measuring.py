@@ -30,9 +30,10 @@ def measure(piece: Piece, selection: Selection) -> DataStatistics:
     """
     groups: dict[str | None, _RunningPartial] = {}
     for block in piece.blocks(selection):
+        before = len(groups)
         for name, rows in _by_group(block):
             groups.setdefault(name, _RunningPartial()).add(rows)
-        if len(groups) > 1:
+        if len(groups) > max(1, before):
             some = next(iter(groups.values())).partial
             require_few_groups(DataStatistics(some, selection.by, {str(name): some for name in groups}))
     if set(groups) <= {None}:

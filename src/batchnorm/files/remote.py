@@ -79,7 +79,7 @@ def opened(address: Address, *, ahead: bool = True) -> BinaryIO:
     if not is_remote(name):
         return Path(name).open("rb")
     with reaching(name):
-        system, path = _system(name)
+        system, path = file_system(name)
         file = system.open(path, "rb")
         if not ahead:
             _read_exactly(file)
@@ -119,7 +119,7 @@ def details(address: Address) -> Details:
         about = Path(name).stat()
         return Details(about.st_size, str(about.st_mtime_ns))
     with reaching(name):
-        system, path = _system(name)
+        system, path = file_system(name)
         system.invalidate_cache(path)
         return _details(system.info(path))
 
@@ -140,7 +140,7 @@ def tree(address: Address) -> list[tuple[str, Details]]:
         files = (each for each in Path(name).rglob("*") if each.is_file())
         return sorted((each.relative_to(name).as_posix(), details(each)) for each in files)
     with reaching(name):
-        system, path = _system(name)
+        system, path = file_system(name)
         system.invalidate_cache(path)
         return sorted(
             (each.removeprefix(path), _details(about)) for each, about in system.find(path, detail=True).items()
@@ -184,7 +184,7 @@ def _remote(name: str) -> Iterator[str]:
         yield from (f"{first}::{each}" for each in listed(rest))
         return
     with reaching(name):
-        system, path = _system(name)
+        system, path = file_system(name)
         for each in system.glob(path) if is_pattern(first) else [path]:
             yield from (system.unstrip_protocol(found) + chain + rest for found in _below(system, each))
 
@@ -207,8 +207,13 @@ def is_pattern(address: str) -> bool:
     return bool(re.search(r"[*\[]" if address.lower().startswith("http") else r"[*?\[]", address))
 
 
-def _system(name: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it."""
+def file_system(name: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        ValueError: If fsspec does not know the protocol of the address.
+        ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
+    """
     try:
         import fsspec
     except ModuleNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchnorm.files.remote import _system
+from batchnorm.files.remote import file_system
 from batchnorm.files.whole import replacing
 
 
@@ -18,7 +18,7 @@ def write(address: str, data: bytes) -> None:
         ModuleNotFoundError: If fsspec, or the package that it needs for the protocol, is not installed.
         OSError: If the file cannot be written, or the address cannot be reached.
     """
-    system, path = _system(address)
+    system, path = file_system(address)
     try:
         if _is_local(system.protocol):
             with replacing(Path(path)) as file:

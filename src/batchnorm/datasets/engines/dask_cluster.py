@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
-from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import successes
 from batchnorm.datasets.engines.clusters import explained, require_reachable, unreachable
+from batchnorm.datasets.engines.protocol import Engine, Measure
 from batchnorm.datasets.engines.threads import processors
 from batchnorm.datasets.engines.window import outcomes
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
     from batchnorm.datasets.blocks import Piece
     from batchnorm.datasets.data_statistics import DataStatistics
-    from batchnorm.datasets.engines.protocol import Measure
 
 
 @final
-class DaskCluster:
+class DaskCluster(Engine):
     """Hands out four pieces for each thread of the workers at a time."""
 
     def __init__(self, address: str | None, workers: int | None) -> None:
@@ -33,10 +32,6 @@ class DaskCluster:
         with explained("Dask"), self._client() as client, client.get_executor(pure=False) as executor:
             threads = sum(client.nthreads().values()) or processors()
             yield from successes(outcomes(executor, pieces, measure, 4 * threads), "Dask")
-
-    def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
-        """The statistics of all pieces, added in a fixed order."""
-        return merging.merged(partials)
 
     @contextmanager
     def _client(self) -> Iterator[Client]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from batchnorm.datasets.blocks import Piece
 from batchnorm.datasets.data_statistics import DataStatistics
+from batchnorm.datasets.engines import merging
 
 Measure = Callable[[Piece], DataStatistics]
 
@@ -33,3 +34,4 @@ class Engine(Protocol):
         They are added in an order that depends only on the indices, so that the bits of the result do not depend on
         which piece was measured first.
         """
+        return merging.merged(partials)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import Outcome, packed, successes, unpacked
 from batchnorm.datasets.engines.clusters import explained, require_no_address, require_reachable, unreachable
+from batchnorm.datasets.engines.protocol import Engine, Measure
 
 if TYPE_CHECKING:
     from batchnorm.datasets.blocks import Piece
     from batchnorm.datasets.data_statistics import DataStatistics
-    from batchnorm.datasets.engines.protocol import Measure
 
 _MOST_TASKS = 10_000  # Ray's scheduler has a cost for each; a task of a longer job measures several pieces
 
 
 @final
-class RayData:
+class RayData(Engine):
     """Measures one piece, or a few of a very long job, in each task of Ray."""
 
     def __init__(self, address: str | None, workers: int | None) -> None:
@@ -31,10 +30,6 @@ class RayData:
         """The statistics of each piece with its index, as soon as they are known."""
         with explained("Ray"), self._connected():
             yield from successes(_outcomes(pieces, measure), "Ray")
-
-    def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
-        """The statistics of all pieces, added in a fixed order."""
-        return merging.merged(partials)
 
     @contextmanager
     def _connected(self) -> Iterator[None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, final
 
-from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import Outcome, packed, successes, unpacked
 from batchnorm.datasets.engines.clusters import explained, require_no_address, require_reachable, unreachable
+from batchnorm.datasets.engines.protocol import Engine, Measure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from batchnorm.datasets.blocks import Piece
     from batchnorm.datasets.data_statistics import DataStatistics
-    from batchnorm.datasets.engines.protocol import Measure
 
 _Job = tuple[int, bytearray]
 _WAVE = 4  # pieces for each core in one job of Spark, whose results come when all of the job is done
@@ -30,7 +29,7 @@ _SETTINGS = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false
 
 
 @final
-class SparkEngine:
+class SparkEngine(Engine):
     """Measures pieces in jobs of four for each core, so that a ledger notes them while the measurement goes on."""
 
     def __init__(self, address: str | None, workers: int | None) -> None:
@@ -40,10 +39,6 @@ class SparkEngine:
         """The statistics of each piece with its index, as soon as those of a job are known."""
         with explained("Spark"), self._session() as session:
             yield from successes(_outcomes(session, pieces, measure), "Spark")
-
-    def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
-        """The statistics of all pieces, added in a fixed order."""
-        return merging.merged(partials)
 
     @contextmanager
     def _session(self) -> Iterator[SparkSession]:

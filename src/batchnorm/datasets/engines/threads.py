@@ -7,20 +7,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, final
 
-from batchnorm.datasets.engines import merging
 from batchnorm.datasets.engines.attempts import successes
+from batchnorm.datasets.engines.protocol import Engine, Measure
 from batchnorm.datasets.engines.window import outcomes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from batchnorm.datasets.blocks import Piece
     from batchnorm.datasets.data_statistics import DataStatistics
-    from batchnorm.datasets.engines.protocol import Measure
 
 
 @final
-class Threads:
+class Threads(Engine):
     """Measures pieces in threads, twice as many pieces as threads being handed out at a time."""
 
     def __init__(self, address: None = None, workers: int | None = None) -> None:  # noqa: ARG002 - no address
@@ -33,10 +30,6 @@ class Threads:
             yield from successes(outcomes(pool, pieces, measure, 2 * self._threads))
         finally:  # after Ctrl-C too: pieces that no thread has begun are dropped
             pool.shutdown(cancel_futures=True)
-
-    def merged(self, partials: Iterable[tuple[int, DataStatistics]]) -> DataStatistics:
-        """The statistics of all pieces, added in a fixed order."""
-        return merging.merged(partials)
 
 
 def processors() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,30 @@ import numpy as np
 
 from batchnorm.datasets.blocks import NO_GROUP, Column
 from batchnorm.datasets.sources.schemas import Feature, Shape
+from batchnorm.datasets.sources.stored_files import FilePiece
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # above this, float64 has no longer every whole number; and 10^22 is the largest power of ten that it has
 _WHOLE, _TENS = 1 << 53, 22
+
+
+@dataclass(frozen=True, slots=True)
+class TablePiece(FilePiece):
+    """A range of what a file of tables consists of: row groups of Parquet, record batches of Arrow.
+
+    Args:
+        first: The first of them.
+        last: The one after the last; -1 for all of a stream.
+        size: Bytes of the file in this piece.
+        shapes: Shapes of columns of lists, whose type does not say their lengths.
+    """
+
+    first: int
+    last: int
+    size: int
+    shapes: tuple[tuple[str, Shape], ...] = ()
 
 
 def features_of(schema: pa.Schema) -> dict[str, Feature]:

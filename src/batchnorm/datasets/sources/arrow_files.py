@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from batchnorm.datasets.blocks import Block, Selection
-from batchnorm.datasets.sources.arrow_columns import columns_in, features_of, groups_in, leaves, shape_in
+from batchnorm.datasets.sources.arrow_columns import TablePiece, columns_in, features_of, groups_in, leaves, shape_in
 from batchnorm.datasets.sources.arrow_errors import reading
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
-from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
+from batchnorm.datasets.sources.stored_files import StoredFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,20 +26,8 @@ MAGIC = b"ARROW1"
 
 @final
 @dataclass(frozen=True, slots=True)
-class ArrowPiece(FilePiece):
-    """Record batches ``first`` to ``last - 1`` of a file; all batches if ``last`` is -1.
-
-    Args:
-        first: The first record batch.
-        last: The record batch after the last one; -1 for all of a stream.
-        size: Bytes of the file in this piece.
-        shapes: Shapes of columns of lists, whose type does not say their lengths.
-    """
-
-    first: int
-    last: int
-    size: int
-    shapes: tuple[tuple[str, Shape], ...] = ()
+class ArrowPiece(TablePiece):
+    """Record batches ``first`` to ``last - 1`` of a file; all batches if ``last`` is -1."""
 
     @property
     def part(self) -> str:

@@ -16,13 +16,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, final
 
 from batchnorm.datasets.blocks import Block, Selection
-from batchnorm.datasets.sources.arrow_columns import columns_in, features_of, groups_in, leaves, shape_in
+from batchnorm.datasets.sources.arrow_columns import TablePiece, columns_in, features_of, groups_in, leaves, shape_in
 from batchnorm.datasets.sources.arrow_errors import reading
 from batchnorm.datasets.sources.options import Options
 from batchnorm.datasets.sources.packages import require_package
 from batchnorm.datasets.sources.plans import MOST_VALUES, FilePlan, empty_block
 from batchnorm.datasets.sources.schemas import Feature, FileSchema, Shape, names_of, resolved, unsaid
-from batchnorm.datasets.sources.stored_files import FilePiece, StoredFile
+from batchnorm.datasets.sources.stored_files import StoredFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,20 +39,8 @@ _IN_CACHE = 8
 
 @final
 @dataclass(frozen=True, slots=True)
-class ParquetPiece(FilePiece):
-    """Row groups ``first`` to ``last - 1`` of a file.
-
-    Args:
-        first: The first row group.
-        last: The row group after the last one.
-        size: Bytes of these row groups.
-        shapes: Shapes of columns of lists, whose type does not say their lengths.
-    """
-
-    first: int
-    last: int
-    size: int
-    shapes: tuple[tuple[str, Shape], ...] = ()
+class ParquetPiece(TablePiece):
+    """Row groups ``first`` to ``last - 1`` of a file."""
 
     @property
     def part(self) -> str:
