@@ -286,7 +286,7 @@ def require_near(found: ColumnStatistics, values: np.ndarray) -> None:
     np.testing.assert_array_equal([found.nan, found.infinite], [np.isnan(values).sum(), np.isinf(values).sum()])
     assert found.count == right["count"]
     for name in ("m2", "m3", "m4"):
-        size = math.sqrt(right["m2"] * right["m4"]) if name == "m3" else right[name]
+        size = math.sqrt(right["m2"]) * math.sqrt(right["m4"]) if name == "m3" else right[name]
         # powers of deviations below 1e-75 underflow
         assert abs(getattr(found, name) - right[name]) <= 500 * U * size + 1e-290, name
 
