@@ -71,7 +71,7 @@ def require_exact(found: ColumnStatistics, values: np.ndarray, merges: int = 0) 
     for f in sorted({0, last // 2, last}) if flat.size > 2000 else range(last + 1):
         right, column = exact(flat[:, f]), flat[:, f]
         bound = (len(column) + 20 + 20 * merges) * U
-        scale = {"m2": right["m2"], "m3": math.sqrt(right["m2"] * right["m4"]), "m4": right["m4"]}
+        scale = {"m2": right["m2"], "m3": math.sqrt(right["m2"]) * math.sqrt(right["m4"]), "m4": right["m4"]}
         got = {name: getattr(found, name).reshape(-1)[f] for name in right}
         for name in ("count", "minimum", "maximum"):
             np.testing.assert_equal(got[name], right[name])
